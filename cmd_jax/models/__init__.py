@@ -1,0 +1,1 @@
+"""Networks only: no losses, no I/O, no noise. Every module holds nothing but Params."""

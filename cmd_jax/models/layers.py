@@ -1,0 +1,122 @@
+"""Parts that more than one network is made of.
+
+Linear layers keep float32 parameters and compute in `dtype`; norms, softmax and rotations are
+float32. Repeated blocks are stacked along a leading axis at construction (`stack`) and run by one
+`lax.scan` (`run_stack`), so that a network compiles in the time of one of its blocks.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from cmd_jax.errors import UserError
+from cmd_jax.models.attention import attention
+from cmd_jax.parallel.mesh import shard
+
+# What the backward pass keeps of a block. 'none': everything; 'full': the block's input only;
+# the others: the named intermediate results ('qkv': projected queries, keys, values; 'attention':
+# what attention read out, named by attention.py; 'mlp': the feed-forward's hidden layer; 'residual': the stream between parts).
+REMAT = {
+    'none': None,
+    'full': (),
+    'attention': ('attention', 'residual'),
+    'wide': ('attention', 'residual', 'qkv'),
+    'mlp': ('attention', 'residual', 'qkv', 'mlp'),
+}
+
+xavier = nnx.initializers.xavier_uniform()
+
+
+def linear(in_dim: int, out_dim: int, *, dtype, rngs, kernel_init=xavier, **kwargs) -> nnx.Linear:
+    return nnx.Linear(in_dim, out_dim, dtype=dtype, kernel_init=kernel_init, rngs=rngs, **kwargs)
+
+
+def patchify(x: Float[Array, '*b h w c'], patch: int) -> Float[Array, '*b h2 w2 p']:
+    """Patch vectors in the order (row in patch, column in patch, channel)."""
+    return rearrange(x, '... (h p) (w q) c -> ... h w (p q c)', p=patch, q=patch)
+
+
+def unpatchify(x: Float[Array, '*b h2 w2 p'], patch: int) -> Float[Array, '*b h w c']:
+    """The inverse of `patchify`."""
+    return rearrange(x, '... h w (p q c) -> ... (h p) (w q) c', p=patch, q=patch)
+
+
+def rotary(
+    x: Float[Array, 'b n heads d'], angles: Float[Array, 'n half_d']
+) -> Float[Array, 'b n heads d']:
+    """Rotary embedding (Su et al. 2021, arXiv 2104.09864): pairs (i, i + d/2) turn by `angles`."""
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+
+
+def axial_angles(rows: int, columns: int, head_dim: int) -> Float[np.ndarray, 'n half_d']:
+    """Rotary angles of a grid: a half of the pairs turns with the row, a half with the column.
+
+    A step on the grid turns them by 1 to 0.1 radians, whatever the size of the grid.
+    """
+    if head_dim % 4:
+        raise UserError(
+            f'head_dim={head_dim} is not divisible by 4, as rotary positions need: change dim or heads'
+        )
+    frequencies = np.geomspace(1.0, 0.1, head_dim // 4)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    angles = [np.outer(row, frequencies), np.outer(column, frequencies)]
+    return np.concatenate(angles, axis=-1).astype(np.float32)
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention over the second-last axis, [b n k] -> [b n k].
+
+    The width inside is heads * head_dim, which may differ from `dim`.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int | None = None, *, dtype, rngs):
+        if head_dim is None and dim % heads:
+            raise UserError(f'dim={dim} is not divisible by heads={heads}: change one of them')
+        self.heads = heads
+        width = heads * (head_dim or dim // heads)
+        self.qkv = linear(dim, 3 * width, dtype=dtype, rngs=rngs)
+        self.out = linear(width, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, 'b n k'], angles: Float[Array, 'n half_d'] | None = None
+    ) -> Float[Array, 'b n k']:
+        # Head by head, so that a tensor shard holds whole heads.
+        qkv = checkpoint_name(self.qkv(x), 'qkv')
+        q, k, v = rearrange(qkv, 'b n (h three d) -> three b n h d', three=3, h=self.heads)
+        q, k, v = (shard(a, 'batch', None, 'heads', None) for a in (q, k, v))
+        if angles is not None:
+            q, k = rotary(q, angles), rotary(k, angles)
+        return self.out(rearrange(attention(q, k, v), 'b n h d -> b n (h d)'))
+
+
+def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` independent blocks as one module whose Params have a leading axis."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap
+    def make(rngs):
+        return make_block(rngs)
+
+    return make(rngs)
+
+
+def run_stack(blocks: nnx.Module, x: Array, call: Callable, remat: str) -> Array:
+    """Runs stacked blocks in turn: x <- call(block, x), with the REMAT policy of that name."""
+
+    def body(x, block):
+        return call(block, x), None
+
+    names = REMAT[remat]
+    if names is not None:
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        body = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)(body)
+    return jax.lax.scan(body, x, blocks)[0]

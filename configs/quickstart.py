@@ -1,0 +1,48 @@
+"""Moving handwritten digits: all three stages on a laptop's CPU."""
+
+from configs import common
+
+
+def train(**kwargs):
+    return (
+        common.train(
+            batch_size=16,
+            learning_rate=2e-3,
+            schedule='cosine',
+            warmup_steps=100,
+            b2=0.99,
+            clip_norm=1.0,
+            ema_decay=0.995,
+            save_every=1000,
+            preview_every=0,
+        )
+        | kwargs
+    )
+
+
+def get_config(arg: str = 'all'):
+    config = common.base()
+    config['tensorboard'] = False
+    config['data'].update(source='moving_digits', frames=8, height=32, width=32, workers=0)
+    config['autoencoder'].update(
+        model=config['autoencoder']['model']
+        | dict(patch=8, dim=128, depth=2, heads=4, motion_channels=4, remat='none'),
+        loss=dict(l1_weight=0.0, l2_weight=1.0, lpips_weight=0.0),
+        train=train(steps=900),
+    )
+    process = dict(schedule='cosine', prediction='v', learn_sigma=False)
+    network = dict(dim=128, depth=4, heads=4, rotary=True, remat='none')
+    config['content'].update(
+        model=dict(patch=4) | network,
+        process=process,
+        sampling=dict(sampler='ddim', steps=50, guidance=4.0),
+        train=train(steps=3200),
+    )
+    config['motion'].update(
+        model=dict(patch=1, content_patch=8) | network,
+        process=process,
+        sampling=dict(sampler='ddim', steps=50, guidance=1.5),
+        statistics_clips=512,
+        train=train(steps=2000),
+    )
+    return common.finish(config, arg)

@@ -1,0 +1,220 @@
+"""A run from end to end: train all stages, load, sample, and what can go wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import cmd_jax
+from cmd_jax import video
+from cmd_jax.errors import UserError
+from cmd_jax.parallel import mesh as meshes
+from cmd_jax.training import config as configs
+from cmd_jax.training import loop
+from tests import tiny
+
+
+def script(name, *flags):
+    done = subprocess.run(
+        [sys.executable, name, *flags], capture_output=True, text=True, timeout=600
+    )
+    return done.returncode, done.stderr
+
+
+def one_error(result, *words):
+    code, stderr = result
+    assert code == 2, stderr[-2000:]
+    line = stderr.strip().splitlines()[-1]
+    assert line.startswith('error: ') and 'Traceback' not in stderr, stderr[-2000:]
+    for word in words:
+        assert word in line, line
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A trained tiny run, on one device of this process."""
+    workdir = tmp_path_factory.mktemp('run')
+    tree = tiny.tree()
+    tree['mesh'] = dict(data=2, fsdp=4, tensor=1)
+    tree['content']['train']['preview_every'] = 3
+    loop.train(configs.parse(tree), workdir)
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def generator(run):
+    return cmd_jax.load(run)
+
+
+def test_run_directory_holds_what_it_should(run):
+    for stage in configs.STAGES:
+        folder = run / stage
+        names = {p.name for p in folder.iterdir()}
+        expected = {'config.json', 'classes.json', 'checkpoints', 'metrics.jsonl', 'previews'}
+        assert names == expected
+        previews = {p.name for p in (folder / 'previews').iterdir()}
+        assert '0000006.png' in previews
+        assert ('0000003.png' in previews) == (stage == 'content')
+        assert ('0000006.mp4' in previews) == (stage != 'content')
+        records = [json.loads(line) for line in (folder / 'metrics.jsonl').open()]
+        assert [r['step'] for r in records] == [1, 2, 3, 4, 5, 6]
+        assert all(np.isfinite(r['loss']) and r['skipped'] == 0 for r in records)
+        assert records[0]['learning_rate'] < records[1]['learning_rate']
+    assert len(json.loads((run / 'content' / 'classes.json').read_text())) == 10
+
+
+def test_second_run_has_nothing_to_do(run):
+    before = (run / 'content' / 'metrics.jsonl').read_text()
+    tree = tiny.tree('content')
+    tree['content']['train']['preview_every'] = 3
+    loop.train(configs.parse(tree), run)
+    assert (run / 'content' / 'metrics.jsonl').read_text() == before
+
+
+def test_videos_depend_on_seed_and_place_alone(generator):
+    labels = [3, 1, 7, 0, 9]
+    videos = generator(labels, seed=1)
+    assert videos.shape == (5, 4, 16, 16, 3) and videos.dtype == np.uint8
+    single = generator(labels, seed=1, batch_size=2)
+    # Another batch size multiplies in another order: a rounding step of the uint8 at most.
+    assert np.abs(videos.astype(int) - single).max() <= 1
+    other = generator(labels, seed=2)
+    assert np.abs(videos.astype(int) - other).max() > 1
+
+
+def test_videos_do_not_depend_on_the_devices(run, monkeypatch):
+    def videos(devices):
+        mesh = meshes.make_mesh(devices=jax.devices()[:devices])
+        with monkeypatch.context() as m:
+            m.setattr('cmd_jax.generate.make_mesh', lambda: mesh)
+            return cmd_jax.load(run)([3, 1, 7], seed=1)
+
+    assert np.abs(videos(1).astype(int) - videos(8)).max() <= 1
+
+
+def test_guidance_and_steps_change_the_video(generator):
+    videos = [generator([3], **kwargs) for kwargs in ({}, {'guidance': 9.0}, {'steps': 5})]
+    assert (videos[0] != videos[1]).any() and (videos[0] != videos[2]).any()
+    motion = generator([3], motion_guidance=9.0)
+    assert (motion != videos[0]).any()
+
+
+def test_reconstruct_and_content_frames(generator):
+    clips = np.random.default_rng(0).integers(0, 256, (3, 4, 16, 16, 3), dtype=np.uint8)
+    out = generator.reconstruct(clips)
+    assert out.shape == clips.shape and out.dtype == np.uint8
+    expected = generator.autoencoder(video.to_float(clips))
+    assert np.abs(video.to_uint8(np.asarray(expected)).astype(int) - out).max() <= 1
+    frames = generator.content_frames(clips)
+    assert (frames >= clips.min(1)).all() and (frames <= clips.max(1)).all()
+
+
+def test_animate_gives_different_motions_of_one_frame(generator):
+    frame = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    videos = generator.animate(frame, n=3, label=4)
+    assert videos.shape == (3, 4, 16, 16, 3)
+    assert (videos[0] != videos[1]).any()
+    with pytest.raises(UserError, match=r'\(16, 16, 3\)'):
+        generator.animate(frame[:8])
+
+
+def test_sample_script(run, tmp_path):
+    code, stderr = script(
+        'sample.py', f'--workdir={run}', '--labels=three,7', '--num_videos=3', f'--out={tmp_path}'
+    )
+    assert code == 0, stderr[-2000:]
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {'0000.mp4', '0001.mp4', '0002.mp4', 'grid.mp4', 'grid.gif', 'samples.json'}
+    record = json.loads((tmp_path / 'samples.json').read_text())
+    assert [v['label'] for v in record['videos']] == [3, 7, 3]
+    assert record['checkpoint_steps'] == dict.fromkeys(configs.STAGES, 6)
+    assert record['seed'] == 0
+    assert video.read(tmp_path / '0000.mp4').shape[0] == 4
+
+
+# --- What a user can do wrong -----------------------------------------------------------------
+
+
+def test_labels_out_of_range(generator):
+    with pytest.raises(UserError, match=r'label 10 is out of range: this run has 0\.\.9'):
+        generator([10])
+    with pytest.raises(UserError, match='sampler'):
+        generator([1], sampler='ddmi')
+
+
+def test_scripts_fail_in_one_line(run, tmp_path):
+    one_error(script('train.py'), '--config is missing')
+    one_error(script('train.py', '--confg=x'), 'confg', 'Did you mean')
+    config = '--config=configs/quickstart.py:all,tiny'
+    one_error(script('train.py', config), '--workdir is missing')
+    workdir = f'--workdir={tmp_path}/new'
+    one_error(script('train.py', '--config=configs/nothing.py', workdir), 'configs/nothing.py')
+    one_error(script('train.py', f'{config},big', workdir), "'big'", 'tiny')
+    one_error(
+        script('train.py', config, '--config.content.train.step=3', workdir),
+        'content.train.step',
+        'content.train.steps',
+    )
+    one_error(script('train.py', config, '--config.data.frames=x', workdir), 'data.frames')
+    one_error(
+        script('sample.py', f'--workdir={tmp_path}/none'), 'no trained autoencoder', 'train.py'
+    )
+    one_error(script('sample.py', f'--workdir={run}', '--labels=elf'), "'elf'", 'zero')
+    (tmp_path / 'file').write_text('')
+    one_error(script('sample.py', f'--workdir={run}', f'--out={tmp_path}/file/x'), '--out')
+    assert not (tmp_path / 'new').exists(), 'nothing was written'
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda t: t['data'].update(height=18), ['height=18', 'patch=4']),
+        (lambda t: t['autoencoder']['model'].update(heads=3), ['dim=16', 'heads=3']),
+        (lambda t: t['content']['train'].update(batch_size=9), ['batch_size=9', '8 devices']),
+        (lambda t: t['mesh'].update(tensor=3, fsdp=1), ['tensor=3', '8 devices']),
+        (lambda t: t['data'].update(source='folder', path='/none'), ['/none']),
+        (lambda t: t['data'].update(source='movies'), ["'movies'", 'moving_digits']),
+    ],
+)
+def test_bad_configs_stop_before_training(change, words, tmp_path):
+    tree = tiny.tree()
+    change(tree)
+    with pytest.raises(UserError) as e:
+        loop.train(configs.parse(tree), tmp_path)
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_content_needs_an_autoencoder(tmp_path):
+    with pytest.raises(UserError, match=r'no trained autoencoder: python train.py .*:autoencoder'):
+        loop.train(tiny.config('content'), tmp_path)
+
+
+def test_changed_config_is_shown(run, tmp_path):
+    tree = tiny.tree('autoencoder')
+    tree['autoencoder']['train']['learning_rate'] = 0.5
+    with pytest.raises(UserError, match=r'learning_rate: 0.001 -> 0.5.*--force_config'):
+        loop.train(configs.parse(tree), run)
+    # Forced, a config whose arrays have other shapes is still refused, and nothing is lost.
+    shutil.copytree(run / 'autoencoder', tmp_path / 'autoencoder')
+    tree['autoencoder']['model']['dim'] = 24
+    with pytest.raises(UserError, match='does not fit this config'):
+        loop.train(configs.parse(tree), tmp_path, force_config=True)
+    assert (tmp_path / 'autoencoder' / 'checkpoints' / '6').exists()
+
+
+def test_stages_must_agree_on_the_autoencoder(run):
+    tree = tiny.tree('motion')
+    tree['autoencoder']['model']['depth'] = 2
+    with pytest.raises(UserError, match='autoencoder.model.depth: 1 -> 2'):
+        loop.train(configs.parse(tree), run, force_config=True)
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot be written'):
+        loop.train(tiny.config(), tmp_path / 'file')

@@ -1,0 +1,68 @@
+"""Six steps equal three steps, a new process and three more steps, bit for bit."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from cmd_jax.training.config import STAGES
+
+TIMES = {'seconds', 'videos_per_second', 'model_tflops_per_second'}
+
+
+def train(workdir, stage, stop=0):
+    command = [sys.executable, '-m', 'tests.stop_and_go', str(workdir), stage, str(stop)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def state(folder, step):
+    """Everything a checkpoint holds, and the position in the data."""
+    path = folder / 'checkpoints' / str(step)
+    trees = [ocp.StandardCheckpointer().restore(path / item) for item in ('train', 'model')]
+    data = sorted(p for p in (path / 'data').rglob('*') if p.is_file())
+    assert data
+    return trees, [json.loads(p.read_text()) for p in data]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('whole')
+    train(workdir, 'all')
+    return workdir
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_resume_is_exact(whole, stage, tmp_path):
+    if stage != 'autoencoder':
+        shutil.copytree(whole / 'autoencoder', tmp_path / 'autoencoder')
+    assert f'{stage} saved at step 3' in train(tmp_path, stage, stop=3)
+    assert [p.name for p in (tmp_path / stage / 'checkpoints').glob('[0-9]*')] == ['3']
+    train(tmp_path, stage)
+
+    expected, data = state(whole / stage, 6)
+    found, found_data = state(tmp_path / stage, 6)
+    assert jax.tree.structure(expected) == jax.tree.structure(found)
+    jax.tree.map(np.testing.assert_array_equal, expected, found)
+    assert found_data == data
+    halves = state(whole / stage, 6)[0][0]['params']
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), halves, found[1]['ema'])
+    assert any(jax.tree.leaves(moved)), 'the average lags behind the parameters'
+
+    lines, found_lines = (
+        [json.loads(line) for line in (w / stage / 'metrics.jsonl').read_text().splitlines()]
+        for w in (whole, tmp_path)
+    )
+    assert [line['step'] for line in found_lines] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(lines, found_lines, strict=True):
+        assert {k: one[k] for k in one.keys() - TIMES} == {
+            k: other[k] for k in other.keys() - TIMES
+        }
+    seconds = [line['seconds'] for line in found_lines]
+    assert seconds == sorted(seconds), 'time goes on over the interruption'

@@ -1,0 +1,248 @@
+"""The update and the loop: sharding, accumulation, guards."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from cmd_jax.data import pipeline
+from cmd_jax.errors import UserError
+from cmd_jax.parallel import mesh as meshes
+from cmd_jax.training import config as configs
+from cmd_jax.training import loop, losses, stages
+from cmd_jax.training import state as states
+from cmd_jax.training.parts import make_autoencoder, make_content, make_motion, make_process
+from tests import tiny
+
+
+def pieces(name, mesh, accumulation=1):
+    """(step function, state, its sharding, frozen, batch) of a tiny stage on a mesh."""
+    tree = tiny.tree()
+    tree[name]['train']['accumulation'] = accumulation
+    config = configs.parse(tree)
+    section = getattr(config, name)
+    rngs = functools.partial(nnx.Rngs, 0)
+    frozen = {}
+    if name == 'autoencoder':
+        loss, make = losses.autoencoder_loss(section.loss), make_autoencoder
+    else:
+        frozen = {'autoencoder': make_autoencoder(config, rngs())}
+        frozen['statistics'] = {'mean': jnp.zeros(4), 'std': jnp.full(4, 0.3)}
+        kinds = {
+            'content': (losses.content_loss, make_content),
+            'motion': (losses.motion_loss, make_motion),
+        }
+        loss, make = kinds[name]
+        loss = loss(make_process(section.process), section.loss)
+        make = functools.partial(make, num_classes=10)
+    tx = states.optimizer(section.train)
+    graphdef, state, sharding = states.create(
+        lambda rngs: make(config, rngs=rngs), tx, mesh, jax.random.key(1)
+    )
+    # Zero-initialised layers would hide what is behind them.
+    noise = optax.tree.random_like(jax.random.key(3), state.params)
+    params = jax.tree.map(lambda p, n: p + 0.02 * n, state.params, noise)
+    state = jax.device_put(state.replace(params=params), sharding)
+    step = jax.jit(
+        functools.partial(
+            states.train_step,
+            graphdef=graphdef,
+            loss=loss,
+            tx=tx,
+            ema_decay=0.9,
+            accumulation=accumulation,
+        ),
+        donate_argnames='state',
+        out_shardings=(sharding, meshes.replicated(mesh)),
+    )
+    source = loop.make_source(config, 'train')
+    clips = pipeline.make_dataset(source, 8, seed=0, shuffle=False, repeat=True)
+    return step, state, sharding, frozen, loop.to_device(next(iter(clips)), mesh)
+
+
+def run(name, mesh, accumulation=1, steps=2):
+    with jax.set_mesh(mesh):
+        step, state, sharding, frozen, batch = pieces(name, mesh, accumulation)
+        for _ in range(steps):
+            state, metrics = step(state, frozen, batch, jax.random.key(2))
+        assert step._cache_size() == 1, 'one compilation'
+        same = jax.tree.map(lambda x, s: x.sharding == s, state, sharding)
+        assert all(jax.tree.leaves(same)), 'outputs lie where the inputs lay'
+        return jax.device_get((state, metrics))
+
+
+@functools.cache
+def one_device(name):
+    return run(name, meshes.make_mesh(devices=jax.devices()[:1]))
+
+
+def assert_same_update(one, other):
+    (state, metrics), (state2, metrics2) = one, other
+    np.testing.assert_allclose(metrics['loss'], metrics2['loss'], rtol=2e-5)
+    np.testing.assert_allclose(metrics['grad_norm'], metrics2['grad_norm'], rtol=2e-4)
+    jax.tree.map(
+        # Adam divides by the gradient's size: where that is rounding noise, an update of the
+        # learning rate may point anywhere.
+        lambda a, b: np.testing.assert_array_less(np.quantile(np.abs(a - b), 0.98), 2e-5),
+        state.params,
+        state2.params,
+    )
+
+
+@pytest.mark.parametrize('name', configs.STAGES)
+def test_sharded_step_equals_one_device(name):
+    sharded = run(name, meshes.make_mesh(data=2, fsdp=2, tensor=2))
+    assert_same_update(one_device(name), sharded)
+
+
+def test_accumulation_equals_one_batch():
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    assert_same_update(one_device('content'), run('content', mesh, accumulation=4))
+
+
+def test_accumulation_on_shards():
+    mesh = meshes.make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
+    assert_same_update(one_device('content'), run('content', mesh, accumulation=4))
+
+
+def test_parameters_differ_after_a_step():
+    """The comparisons above see real updates."""
+    with jax.set_mesh(meshes.make_mesh(devices=jax.devices()[:1])) as _:
+        _, before, _, _, _ = pieces('content', meshes.make_mesh(devices=jax.devices()[:1]))
+        before = jax.device_get(before.params)
+    after = one_device('content')[0].params
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+SHIPPED = [(name, part) for name in ('quickstart', 'ucf101', 'folder') for part in configs.STAGES]
+
+
+@pytest.mark.parametrize('name, part', SHIPPED)
+def test_parameters_of_shipped_configs_are_sharded(name, part):
+    """Every parameter has a rule of its own, and nothing above 1 MB is on all devices."""
+    config = configs.parse(
+        tiny.importlib.import_module(f'configs.{name}').get_config('all').to_dict()
+    )
+    make = {
+        'autoencoder': make_autoencoder,
+        'content': functools.partial(make_content, num_classes=101),
+        'motion': functools.partial(make_motion, num_classes=101),
+    }[part]
+    model = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+    sharding = meshes.param_sharding(params, meshes.make_mesh(fsdp=8))
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = meshes.path_name(path)
+        assert meshes.rule(name) < len(meshes.PARAMS) - 1, f'{name} has no rule'
+    large = jax.tree.map(
+        lambda x, s: x.size * 4 <= 2**20 or s.spec != P(*(None,) * x.ndim), params, sharding
+    )
+    assert all(jax.tree.leaves(large))
+
+
+def test_optimizer_slots_lie_like_their_parameters():
+    mesh = meshes.make_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        _, state, _, _, _ = pieces('autoencoder', mesh)
+    spec = state.params['encoder']['blocks']['mlp']['up']['kernel'].sharding.spec
+    assert spec == P(None, 'fsdp', 'tensor')
+    moments = [
+        s
+        for s in jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, dict))
+        if isinstance(s, dict)
+    ]
+    assert len(moments) == 2
+    for slot in (*moments, state.ema):
+        assert slot['encoder']['blocks']['mlp']['up']['kernel'].sharding.spec == spec
+
+
+def linear_step(loss, **kwargs):
+    """A step of a one-parameter model."""
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    tx = optax.sgd(0.1)
+    graphdef, state, _ = states.create(
+        lambda rngs: nnx.Linear(1, 1, rngs=rngs), tx, mesh, jax.random.key(0)
+    )
+    kwargs = dict(ema_decay=0.5, accumulation=1) | kwargs
+    return functools.partial(
+        states.train_step, graphdef=graphdef, loss=loss, tx=tx, **kwargs
+    ), state
+
+
+def test_non_finite_updates_are_skipped_and_counted():
+    def loss(model, frozen, batch, keys):
+        value = (model(batch['x']) ** 2).mean() * batch['scale'].mean()
+        return value, {'loss': value}
+
+    step, state = linear_step(loss)
+    counts = []
+    for scale in (1.0, np.nan, np.inf, 1.0):
+        before = jax.device_get(state)
+        batch = {'x': jnp.ones((2, 1)), 'scale': jnp.full(2, scale)}
+        state, metrics = step(state, {}, batch, jax.random.key(0))
+        counts.append((int(metrics['nonfinite']), int(metrics['skipped'])))
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), before.params, state.params)
+        assert all(jax.tree.leaves(same)) == (not np.isfinite(scale))
+        assert np.isfinite(state.ema['kernel']).all()
+    assert counts == [(0, 0), (1, 1), (2, 2), (0, 2)]
+    assert int(state.step) == 4
+
+
+def test_divergence_stops_the_run():
+    settings = tiny.config().content.train
+    loop.check_finite('content', settings, 5, {'nonfinite': settings.max_nonfinite - 1})
+    with pytest.raises(UserError, match='content diverged.*content.train.learning_rate'):
+        loop.check_finite('content', settings, 5, {'nonfinite': settings.max_nonfinite})
+
+
+def test_average_follows_its_formula():
+    def loss(model, frozen, batch, keys):
+        value = (model(batch['x']) ** 2).mean()
+        return value, {'loss': value}
+
+    step, state = linear_step(loss, ema_decay=0.15)
+    ema = float(state.ema['kernel'][0, 0])
+    for n in range(3):
+        state, _ = step(state, {}, {'x': jnp.ones((2, 1))}, jax.random.key(0))
+        decay = min(0.15, (1 + n) / (10 + n))
+        ema = decay * ema + (1 - decay) * float(state.params['kernel'][0, 0])
+        assert float(state.ema['kernel'][0, 0]) == pytest.approx(ema, rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_decays():
+    train = tiny.config().content.train
+    tree = vars(train) | dict(learning_rate=1.0, warmup_steps=10, steps=110)
+    cosine = states.learning_rate(configs.Train(**tree | {'schedule': 'cosine'}))
+    constant = states.learning_rate(configs.Train(**tree | {'schedule': 'constant'}))
+    np.testing.assert_allclose([cosine(5), constant(5)], 0.5, rtol=1e-5)
+    np.testing.assert_allclose([cosine(60), cosine(110)], [0.5, 0.0], atol=1e-6)
+    np.testing.assert_allclose([constant(10), constant(110)], 1.0)
+
+
+def test_labels_are_dropped_as_often_as_said():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    out = losses.drop_labels(keys, jnp.full(4000, 3), 10, 0.1)
+    assert set(np.unique(out)) == {3, 10}
+    assert float((out == 10).mean()) == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 4000))
+
+
+def test_statistics_normalise_the_motion():
+    """Mean 0 and deviation 1 per channel on the clips that they were measured on."""
+    config = tiny.config()
+    model = make_autoencoder(config, nnx.Rngs(0))
+    source = loop.make_source(config, 'train')
+    dataset = pipeline.make_dataset(source, 8, seed=0, shuffle=True, repeat=True)
+    statistics = stages.measure_statistics(model, iter(dataset), 16)
+    batches = iter(dataset)
+    video = np.concatenate([next(batches)['video'] for _ in range(2)])
+    motion = model.encode(losses.to_float(jnp.asarray(video)))[1]
+    z = losses.normalize(motion, statistics)
+    np.testing.assert_allclose(z.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(z.std((0, 1, 2)), 1, atol=2e-3)
+    np.testing.assert_allclose(losses.denormalize(z, statistics), motion, atol=1e-6)

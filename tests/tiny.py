@@ -1,0 +1,23 @@
+"""The smallest run of all three stages, for tests."""
+
+import importlib
+
+from cmd_jax.training import config as configs
+
+
+def tree(stage='all', name='quickstart', **data) -> dict:
+    """The config of a run of seconds, as a nested dict."""
+    tree = importlib.import_module(f'configs.{name}').get_config(f'{stage},tiny').to_dict()
+    tree['data'].update(dict(frames=4, height=16, width=16) | data)
+    tree['autoencoder']['model'].update(patch=4, dim=16, depth=1, heads=2)
+    for part in ('content', 'motion'):
+        tree[part]['model'].update(dim=16, depth=1, heads=2)
+        tree[part]['sampling']['steps'] = 2
+    for part in configs.STAGES:
+        tree[part]['train'].update(steps=6, log_every=1, save_every=100, warmup_steps=2)
+    return tree
+
+
+def config(stage='all', name='quickstart', **data) -> configs.Config:
+    """The same, parsed."""
+    return configs.parse(tree(stage, name, **data))

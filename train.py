@@ -1,0 +1,30 @@
+"""Trains one stage, or all, of a CMD video generator.
+
+    python train.py --config=configs/ucf101.py:autoencoder --workdir=runs/ucf101
+
+Any field of the config can be set: --config.data.path=DIR --config.content.train.steps=1000
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from cmd_jax import cli
+from cmd_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py:STAGE[,tiny]')
+WORKDIR = flags.DEFINE_string('workdir', None, 'The run: configs, checkpoints, previews, metrics')
+FORCE = flags.DEFINE_bool('force_config', False, 'Go on although the config has changed')
+
+
+def main():
+    if CONFIG.value is None:
+        raise UserError('--config is missing: for example --config=configs/quickstart.py:all')
+    if not WORKDIR.value:
+        raise UserError('--workdir is missing: for example --workdir=runs/quickstart')
+    from cmd_jax.training import config, loop
+
+    loop.train(config.parse(CONFIG.value.to_dict()), WORKDIR.value, force_config=FORCE.value)
+
+
+if __name__ == '__main__':
+    cli.run(main)
