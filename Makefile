@@ -9,6 +9,8 @@ PIP_FLAGS :=
 CLIPS := .cache/clips
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Huge pages for large buffers: without them a step on a CPU spends much of its time on page faults.
+export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -42,7 +44,8 @@ smoke: $(STAMPS)/requirements.txt $(STAMPS)/requirements-weights.txt $(CLIPS)/co
 	$(BIN)/python sample.py --workdir=runs/smoke --num_videos=2
 
 benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
-	for script in benchmarks/[a-z]*.py; do PYTHONPATH=. $(BIN)/python $$script || exit 1; done
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.models
 
 clean:  ## Removes .venv and every cache; runs/ stays.
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info

@@ -11,7 +11,7 @@ from absl import flags
 
 import cmd_jax
 from cmd_jax import cli
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, writable
 from cmd_jax.evaluation import moving_digits, report
 
 # A protocol is a module with TARGETS, evaluate() -> (numbers, pictures) and sections().
@@ -32,7 +32,7 @@ def main():
         raise UserError(f'protocol={_PROTOCOL.value!r} is not one of: {", ".join(PROTOCOLS)}')
     protocol = PROTOCOLS[_PROTOCOL.value]
     generator = cmd_jax.load(_WORKDIR.value)
-    out = report.prepare(_OUT.value or _WORKDIR.value)
+    out = writable('--out', _OUT.value or _WORKDIR.value)
     numbers, pictures = protocol.evaluate(
         generator,
         num_videos=_NUM_VIDEOS.value,

@@ -2,7 +2,7 @@
 
     python sample.py --workdir=runs/ucf101 --labels=3,17 --num_videos=8 --steps=50 --guidance=4
 
-Writes to --out: one mp4 a video, grid.mp4, grid.gif and samples.json.
+Writes to --out: one mp4 a video, grid.mp4, grid.gif, frames.png (a row a video) and samples.json.
 """
 
 import json
@@ -11,12 +11,12 @@ from pathlib import Path
 from absl import flags, logging
 
 from cmd_jax import cli
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, writable
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run: where train.py wrote')
 OUT = flags.DEFINE_string('out', None, 'Folder of the videos; default WORKDIR/samples')
-LABELS = flags.DEFINE_list('labels', None, 'Classes, by number or name; default: all in turn')
-NUM_VIDEOS = flags.DEFINE_integer('num_videos', None, 'Default: one a label', lower_bound=1)
+LABELS = flags.DEFINE_list('labels', None, 'Classes, by number or name; default: the first ones')
+NUM_VIDEOS = flags.DEFINE_integer('num_videos', None, 'Default: one a label, or 8', lower_bound=1)
 SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same videos')
 SAMPLER = flags.DEFINE_string('sampler', None, 'ddim or ddpm; default: of the config')
 STEPS = flags.DEFINE_integer('steps', None, 'Default: of the config', lower_bound=1)
@@ -34,39 +34,38 @@ def main():
     from cmd_jax import video
 
     generator = cmd_jax.load(WORKDIR.value)
-    labels = None
-    if LABELS.value is not None:
-        labels = [number(label, generator.class_names) for label in LABELS.value]
-    out = Path(OUT.value or Path(WORKDIR.value) / 'samples')
+    labels = LABELS.value and [number(label, generator.class_names) for label in LABELS.value]
+    drawn = generator.check_labels(labels, NUM_VIDEOS.value or (len(labels) if labels else 8))
     settings = dict(
-        seed=SEED.value,
         sampler=SAMPLER.value,
         steps=STEPS.value,
         guidance=GUIDANCE.value,
         motion_steps=MOTION_STEPS.value,
         motion_guidance=MOTION_GUIDANCE.value,
     )
-    drawn = [int(i) for i in generator.check_labels(labels, NUM_VIDEOS.value)]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'--out={out} cannot be written: {e.strerror}') from e
-    labels = drawn if generator.class_names else None
-    videos = generator(labels, num_videos=len(drawn), batch_size=BATCH_SIZE.value, **settings)
+    options = generator.options(**settings)
+    out = writable('--out', OUT.value or Path(WORKDIR.value) / 'samples')
+    drawn = [int(label) for label in drawn]
+    videos = generator(
+        drawn if generator.class_names else None,
+        num_videos=len(drawn),
+        seed=SEED.value,
+        batch_size=BATCH_SIZE.value,
+        **settings,
+    )
     scale = max(1, 128 // videos.shape[2])
-    names = []
-    for i, clip in enumerate(videos):
-        names.append(f'{i:04d}.mp4')
-        video.write(out / names[-1], clip, fps=FPS.value, scale=scale)
+    record = {'seed': SEED.value, **options, 'checkpoint_steps': generator.steps, 'videos': []}
+    for i, (clip, label) in enumerate(zip(videos, drawn, strict=True)):
+        name = f'{i:04d}.mp4'
+        video.write(out / name, clip, fps=FPS.value, scale=scale)
+        entry = {'file': name}
+        if generator.class_names:
+            entry |= {'label': label, 'class': generator.class_names[label]}
+        record['videos'].append(entry)
     grid = video.grid(videos)
     video.write(out / 'grid.mp4', grid, fps=FPS.value, scale=scale)
     video.write(out / 'grid.gif', grid, fps=FPS.value, scale=scale)
-    record = settings | {
-        'checkpoint_steps': generator.steps,
-        'videos': [
-            {'file': name, 'label': label} for name, label in zip(names, drawn, strict=True)
-        ],
-    }
+    video.write_image(out / 'frames.png', video.filmstrip(videos), scale=scale)
     (out / 'samples.json').write_text(json.dumps(record, indent=2) + '\n')
     logging.info('%d videos in %s', len(videos), out)
 

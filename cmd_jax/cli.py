@@ -12,11 +12,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from cmd_jax.errors import UserError
-
-
-class Interrupted(Exception):
-    """A signal asked for the end, and what was to be saved is saved."""
+from cmd_jax.errors import Interrupted, UserError
 
 
 def run(main: Callable[[], None]):
@@ -63,8 +59,8 @@ def parse(argv: list[str]) -> list[str]:
 
 def unknown_field(argv: list[str]) -> str | None:
     """Which --config.FIELD of the command line does not exist, and the nearest that does."""
-    file = next(a.partition('=')[2] for a in argv if a.startswith('--config='))
-    path, _, arg = file.partition(':')
+    words = [part for a in argv for part in a.split('=', 1)]
+    path, _, arg = words[words.index('--config') + 1].partition(':')
     config = runpy.run_path(path)['get_config'](*([arg] if arg else []))
     fields = list(flat(config.to_dict()))
     for a in argv:

@@ -1,4 +1,8 @@
-"""The one exception for what a user can cause and mend."""
+"""The exceptions that are not defects, and a check that raises one."""
+
+import os
+import pathlib
+import tempfile
 
 
 class UserError(Exception):
@@ -8,3 +12,25 @@ class UserError(Exception):
     exit with code 2, without a traceback. Any other exception is a defect of this library and
     keeps its traceback.
     """
+
+
+class Interrupted(Exception):
+    """A signal asked for the end, and what was to be saved is saved."""
+
+
+def writable(name: str, folder: str | os.PathLike) -> pathlib.Path:
+    """Makes a folder, or says that it cannot be before anything costly is done.
+
+    Raises:
+      UserError: `name`=folder cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(
+            f'{name}={str(folder)!r} cannot be written ({e.strerror}): choose another folder'
+        ) from e
+    return folder

@@ -1,4 +1,4 @@
-"""From trained parts to video: the two draws, and the Generator that joins them.
+"""From trained parts to video.
 
     noise -> content frame -> (given it) motion latent -> autoencoder.decode -> video
 
@@ -6,97 +6,21 @@ Video i of a seed has a key of its own, so the same seed gives the same videos w
 size and the number of devices.
 """
 
-import json
 import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
+from cmd_jax import sampling
 from cmd_jax import video as videos
-from cmd_jax.diffusion import Process, guide, sample
 from cmd_jax.errors import UserError
-from cmd_jax.models.autoencoder import VideoAutoencoder
-from cmd_jax.models.content import ContentDiT
-from cmd_jax.models.motion import MotionDiT
-from cmd_jax.parallel.mesh import batch_sharding, make_mesh, param_sharding, replicated
+from cmd_jax.parallel.mesh import batch_sharding, make_mesh
 from cmd_jax.training import config as configs
-from cmd_jax.training.checkpoint import Checkpoints
-from cmd_jax.training.losses import denormalize
-from cmd_jax.training.parts import make_autoencoder, make_content, make_motion, make_process
-
-
-def video_keys(seed: int, first: int, count: int) -> Array:
-    """Keys of the videos first .. first + count - 1 of a seed, [count]."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
-        jnp.arange(first, first + count)
-    )
-
-
-def draw_content(
-    model: ContentDiT,
-    process: Process,
-    keys: Array,
-    labels: Int[Array, 'b'],
-    *,
-    sampler: str,
-    steps: int,
-    guidance: float,
-) -> Float[Array, 'b h w c']:
-    """Content frames in [-1, 1]; `keys` [b], one an example."""
-    shape = (model.rows * model.patch, model.columns * model.patch, model.channels)
-    noise, keys = start(keys, 0, shape)
-    denoise = guide(
-        lambda x, t, label: model(x, t, label),
-        labels,
-        jnp.full_like(labels, model.num_classes),
-        guidance,
-        learn_sigma=process.learn_sigma,
-    )
-    return sample(denoise, noise, process, sampler=sampler, steps=steps, clip=1.0, key=keys)
-
-
-def draw_motion(
-    model: MotionDiT,
-    process: Process,
-    keys: Array,
-    content: Float[Array, 'b h w c'],
-    labels: Int[Array, 'b'],
-    statistics: dict,
-    *,
-    sampler: str,
-    steps: int,
-    guidance: float,
-) -> Float[Array, 'b t s d']:
-    """Motion latents of the content frames; guidance keeps the frame in both branches."""
-    shape = (model.rows * model.patch, model.columns * model.patch, model.channels)
-    noise, keys = start(keys, 1, shape)
-    denoise = guide(
-        lambda x, t, given: model(x, t, *given),
-        (content, labels),
-        (content, jnp.full_like(labels, model.num_classes)),
-        guidance,
-        learn_sigma=process.learn_sigma,
-    )
-    z = sample(denoise, noise, process, sampler=sampler, steps=steps, key=keys)
-    return denormalize(z, statistics)
-
-
-def start(keys: Array, part: int, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Initial noise [b *shape] and the sampler's keys [b] of a part (0: content, 1: motion)."""
-    keys = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, part)))(keys)
-    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0]), keys[:, 1]
-
-
-# Networks are arguments, not constants, of the compiled programs.
-OPTIONS = ('process', 'sampler', 'steps', 'guidance')
-content_program = jax.jit(draw_content, static_argnames=OPTIONS)
-motion_program = jax.jit(draw_motion, static_argnames=OPTIONS)
-encode_program = jax.jit(lambda autoencoder, video: autoencoder.encode(videos.to_float(video)))
-decode_program = jax.jit(lambda autoencoder, *z: videos.to_uint8(autoencoder.decode(*z)))
+from cmd_jax.training import trained
+from cmd_jax.training.parts import make_process
 
 
 class Generator:
@@ -106,29 +30,26 @@ class Generator:
       autoencoder, content, motion: the networks, with averaged parameters.
       config: {stage: the Config that it was trained with}.
       steps: {stage: updates of the checkpoint}.
-      seconds: {stage: wall-clock seconds of its training}.
+      seconds: {stage: wall-clock seconds of its training, or None if not recorded}.
       class_names: names of the classes; empty for a run without classes.
       statistics: {'mean', 'std'} of the motion latent, [d] each.
     """
 
     def __init__(
         self,
-        autoencoder: VideoAutoencoder,
-        content: ContentDiT,
-        motion: MotionDiT,
-        *,
-        statistics: dict,
-        config: dict[str, configs.Config],
-        steps: dict[str, int],
-        seconds: dict[str, float],
-        class_names: list[str],
+        stages: dict[str, trained.Trained],
+        seconds: dict[str, float | None],
         mesh: jax.sharding.Mesh,
     ):
-        self.autoencoder, self.content, self.motion = autoencoder, content, motion
-        self.statistics, self.config, self.steps = statistics, config, steps
-        self.seconds, self.class_names, self.mesh = seconds, class_names, mesh
-        self.content_process = make_process(config['content'].content.process)
-        self.motion_process = make_process(config['motion'].motion.process)
+        self.autoencoder = stages['autoencoder'].network
+        self.content, self.motion = stages['content'].network, stages['motion'].network
+        self.statistics = stages['motion'].statistics
+        self.config = {name: stage.config for name, stage in stages.items()}
+        self.steps = {name: stage.step for name, stage in stages.items()}
+        self.class_names = stages['content'].class_names
+        self.seconds, self.mesh = seconds, mesh
+        self.content_process = make_process(self.config['content'].content.process)
+        self.motion_process = make_process(self.config['motion'].motion.process)
 
     def __call__(
         self,
@@ -159,21 +80,21 @@ class Generator:
           UserError: for a label out of range, or labels where the run has no classes.
         """
         labels = self.check_labels(labels, num_videos)
-        content_options = self._options('content', sampler, steps, guidance)
-        motion_options = self._options(
-            'motion',
-            sampler,
-            steps if motion_steps is None else motion_steps,
-            guidance if motion_guidance is None else motion_guidance,
+        options = self.options(
+            steps=steps,
+            guidance=guidance,
+            motion_steps=motion_steps,
+            motion_guidance=motion_guidance,
+            sampler=sampler,
         )
 
         def run(keys, labels):
-            content = content_program(
-                self.content, self.content_process, keys, labels, **content_options
+            content = sampling.content_program(
+                self.content, self.content_process, keys, labels, **options['content']
             )
-            return self._decode(content, keys, labels, motion_options)
+            return self._decode(content, keys, labels, options['motion'])
 
-        return self._batched(run, batch_size, video_keys(seed, 0, len(labels)), labels)
+        return self._batched(run, batch_size, sampling.video_keys(seed, 0, len(labels)), labels)
 
     def animate(
         self,
@@ -191,25 +112,32 @@ class Generator:
         size = (self.autoencoder.height, self.autoencoder.width, 3)
         if np.shape(content) != size:
             raise UserError(f'content has the shape {np.shape(content)}: this run needs {size}')
+        check_bytes('content', content)
         if label is None:
             labels = jnp.full(n, self.motion.num_classes, jnp.int32)
         else:
             labels = self.check_labels([label], n)
-        options = self._options('motion', sampler, steps, guidance if label is not None else 1.0)
+        if label is None and guidance is None:
+            guidance = 1.0
+        options = self.options(steps=steps, guidance=guidance, sampler=sampler)['motion']
         frames = jnp.broadcast_to(videos.to_float(jnp.asarray(content)), (n, *size))
 
         def run(keys, labels, frames):
             return self._decode(frames, keys, labels, options)
 
-        return self._batched(run, batch_size, video_keys(seed, 0, n), labels, frames)
+        return self._batched(run, batch_size, sampling.video_keys(seed, 0, n), labels, frames)
 
     def reconstruct(
         self, video: UInt8[np.ndarray, 'n t h w 3'], batch_size: int = 16
     ) -> UInt8[np.ndarray, 'n t h w 3']:
         """The autoencoder's reconstruction."""
 
+        check_bytes('video', video)
+
         def run(video):
-            return decode_program(self.autoencoder, *encode_program(self.autoencoder, video))
+            return sampling.decode_program(
+                self.autoencoder, *sampling.encode_program(self.autoencoder, video)
+            )
 
         return self._batched(run, batch_size, video)
 
@@ -218,8 +146,10 @@ class Generator:
     ) -> UInt8[np.ndarray, 'n h w 3']:
         """The content frames of real videos."""
 
+        check_bytes('video', video)
+
         def run(video):
-            return videos.to_uint8(encode_program(self.autoencoder, video)[0])
+            return videos.to_uint8(sampling.encode_program(self.autoencoder, video)[0])
 
         return self._batched(run, batch_size, video)
 
@@ -239,22 +169,46 @@ class Generator:
         n = num_videos or len(labels)
         return jnp.asarray([labels[i % len(labels)] for i in range(n)], jnp.int32)
 
-    def _options(self, stage, sampler, steps, guidance):
-        default = getattr(self.config[stage], stage).sampling
-        guidance = default.guidance if guidance is None else guidance
-        if not self.content.num_classes:
-            guidance = 1.0
-        return dict(
-            sampler=sampler or default.sampler,
-            steps=default.steps if steps is None else steps,
-            guidance=float(guidance),
-        )
+    def options(
+        self,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        motion_steps: int | None = None,
+        motion_guidance: float | None = None,
+        sampler: str | None = None,
+    ) -> dict[str, dict]:
+        """{'content': …, 'motion': …}: how the two stages are sampled, defaults filled in."""
+        if not self.class_names and {guidance, motion_guidance} - {None, 1.0}:
+            raise UserError(
+                f'guidance={guidance or motion_guidance}: this run has no classes, leave it out'
+            )
+        asked = {
+            'content': (steps, guidance),
+            'motion': (
+                steps if motion_steps is None else motion_steps,
+                guidance if motion_guidance is None else motion_guidance,
+            ),
+        }
+        options = {}
+        for stage, (steps, guidance) in asked.items():
+            section = getattr(self.config[stage], stage)
+            default = section.sampling
+            if guidance is None:
+                guidance = default.guidance if self.class_names else 1.0
+            options[stage] = {
+                'sampler': sampler or default.sampler,
+                'steps': default.steps if steps is None else steps,
+                'guidance': float(guidance),
+            }
+        options['motion']['content_noise'] = self.config['motion'].motion.content_noise
+        return options
 
     def _decode(self, content, keys, labels, options):
-        motion = motion_program(
+        motion = sampling.motion_program(
             self.motion, self.motion_process, keys, content, labels, self.statistics, **options
         )
-        return decode_program(self.autoencoder, content, motion)
+        return sampling.decode_program(self.autoencoder, content, motion)
 
     def _batched(self, run, batch_size, *arrays):
         """Runs over batches of one size (one compilation), the last padded by repetition."""
@@ -271,70 +225,27 @@ class Generator:
         return np.concatenate(out)
 
 
+def check_bytes(name: str, x: np.ndarray):
+    """Floats in another range would pass as videos, and look like noise."""
+    if np.asarray(x).dtype != np.uint8:
+        raise UserError(f'{name} has the type {np.asarray(x).dtype}: give uint8 in 0..255')
+
+
 def load(workdir: str | Path) -> Generator:
     """The Generator of a run directory.
 
     Raises:
-      UserError: if a stage has no checkpoint (names the command that trains it).
+      UserError: if a stage is missing or not trained to its last step (names the command), or
+        content and motion were trained on another autoencoder than the one there.
     """
-    workdir = Path(workdir)
     mesh = make_mesh()
-    config, steps, seconds, parts, names = {}, {}, {}, {}, []
-    for stage in configs.STAGES:
-        config[stage] = stage_config(workdir, stage)
-        names = json.loads((workdir / stage / 'classes.json').read_text())
-        parts[stage], statistics, steps[stage] = load_part(workdir, stage, mesh)
-        lines = (workdir / stage / 'metrics.jsonl').read_text().splitlines()
-        seconds[stage] = json.loads(lines[-1])['seconds']
-    return Generator(
-        **parts,
-        statistics=statistics,
-        config=config,
-        steps=steps,
-        seconds=seconds,
-        class_names=names,
-        mesh=mesh,
-    )
-
-
-def stage_config(workdir: Path, stage: str) -> configs.Config:
-    """The stored config of a trained stage; UserError with the command where there is none."""
-    folder = Path(workdir) / stage
-    if not (folder / 'config.json').exists() or not any((folder / 'checkpoints').glob('[0-9]*')):
-        raise UserError(
-            f'{workdir} has no trained {stage}: '
-            f'python train.py --config=configs/NAME.py:{stage} --workdir={workdir}'
-        )
-    return configs.load(folder / 'config.json')
-
-
-def load_part(
-    workdir: Path, stage: str, mesh: jax.sharding.Mesh
-) -> tuple[nnx.Module, dict | None, int]:
-    """A stage's network with averaged parameters, its statistics or None, and its step."""
-    config = stage_config(workdir, stage)
-    classes = len(json.loads((Path(workdir) / stage / 'classes.json').read_text()))
-    make = {
-        'autoencoder': lambda: make_autoencoder(config, nnx.Rngs(0)),
-        'content': lambda: make_content(config, classes, nnx.Rngs(0)),
-        'motion': lambda: make_motion(config, classes, nnx.Rngs(0)),
-    }[stage]
-    graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)
-    params = nnx.to_pure_dict(params)
-    tree = {'ema': like(params, param_sharding(params, mesh))}
-    if stage == 'motion':
-        vector = jax.ShapeDtypeStruct(
-            (config.autoencoder.model.motion_channels,), jnp.float32, sharding=replicated(mesh)
-        )
-        tree['statistics'] = {'mean': vector, 'std': vector}
-    with Checkpoints(Path(workdir) / stage / 'checkpoints') as checkpoints:
-        step = checkpoints.latest
-        stored = checkpoints.restore_model(tree)
-    return nnx.merge(graphdef, stored['ema']), stored.get('statistics'), step
-
-
-def like(params, sharding):
-    """ShapeDtypeStructs of the arrays, placed."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, sharding
-    )
+    stages = {stage: trained.load(workdir, stage, mesh) for stage in configs.STAGES}
+    for stage in ('content', 'motion'):
+        theirs, there = stages[stage].autoencoder_step, stages['autoencoder'].step
+        if theirs != there:
+            raise UserError(
+                f'{workdir}: {stage} was trained on the autoencoder of step {theirs}, which is now '
+                f'at step {there}: train {stage} again, in a new workdir'
+            )
+    seconds = {stage: trained.training_seconds(workdir, stage) for stage in configs.STAGES}
+    return Generator(stages, seconds, mesh)

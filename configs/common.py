@@ -4,14 +4,9 @@ each means), and the parsing of their argument."""
 import ml_collections
 
 from cmd_jax.errors import UserError
+from cmd_jax.models.dit import SIZES
 
 STAGES = ('autoencoder', 'content', 'motion', 'all')
-
-# DiT sizes (Peebles and Xie 2023, table 1).
-S = dict(dim=384, depth=12, heads=6)
-B = dict(dim=768, depth=12, heads=12)
-L = dict(dim=1024, depth=24, heads=16)
-XL = dict(dim=1152, depth=28, heads=16)
 
 
 def train(**kwargs) -> dict:
@@ -65,7 +60,7 @@ def base() -> dict:
                 dim=384,
                 depth=8,
                 heads=8,
-                head_dim=None,
+                head_dim=0,
                 motion_channels=8,
                 position='rotary',
                 output='sigmoid',
@@ -76,17 +71,18 @@ def base() -> dict:
             train=train(batch_size=24, learning_rate=1e-5, b1=0.5, b2=0.9),
         ),
         content=dict(
-            model=dict(patch=2, **L, rotary=False, remat='attention'),
+            model=dict(patch=2, **SIZES['L'], rotary=False, remat='attention'),
             process=dict(schedule='linear', prediction='epsilon', learn_sigma=True),
-            loss=dict(label_drop=0.1, min_snr=None),
+            loss=dict(label_drop=0.1, min_snr=0.0),
             sampling=dict(sampler='ddim', steps=50, guidance=4.0),
             train=train(),
         ),
         motion=dict(
-            model=dict(patch=2, content_patch=4, **L, rotary=False, remat='attention'),
+            model=dict(patch=2, content_patch=4, **SIZES['L'], rotary=False, remat='attention'),
             process=dict(schedule='linear', prediction='epsilon', learn_sigma=True),
-            loss=dict(label_drop=0.1, min_snr=None),
+            loss=dict(label_drop=0.1, min_snr=0.0),
             sampling=dict(sampler='ddim', steps=100, guidance=4.0),
+            content_noise=0.0,
             statistics_clips=4096,
             train=train(clip_norm=1.0),
         ),
@@ -97,7 +93,7 @@ def tiny(config: dict):
     """Shrinks a config so that all stages run end to end on a CPU in about a minute."""
     config['tensorboard'] = False
     config['data'].update(frames=8, height=32, width=32, workers=0)
-    config['autoencoder']['model'].update(patch=4, dim=64, depth=2, heads=2, head_dim=None)
+    config['autoencoder']['model'].update(patch=4, dim=64, depth=2, heads=2, head_dim=0)
     config['content']['model'].update(patch=4, dim=64, depth=2, heads=2)
     config['motion']['model'].update(patch=2, content_patch=8, dim=64, depth=2, heads=2)
     config['motion']['statistics_clips'] = 32
@@ -107,7 +103,12 @@ def tiny(config: dict):
     for stage in ('autoencoder', 'content', 'motion'):
         config[stage]['model']['remat'] = 'none'
         config[stage]['train'].update(
-            batch_size=8, steps=30, log_every=10, save_every=1000, learning_rate=1e-3
+            batch_size=8,
+            steps=30,
+            warmup_steps=5,
+            learning_rate=1e-3,
+            log_every=10,
+            save_every=1000,
         )
 
 

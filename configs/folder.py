@@ -4,7 +4,7 @@
     python sample.py --workdir=runs/mine --num_videos=8
 
 16 frames of 64 x 64, every second frame of the file; diffusion networks of size B.
-For another size set data.height and data.width (multiples of 4) and data.frames (even).
+For another size set data.height and data.width (multiples of 8) and data.frames (even).
 `:tiny` runs all stages on a CPU in about a minute, to see that the videos are read.
 """
 
@@ -19,7 +19,7 @@ def get_config(arg: str = 'all'):
         learning_rate=1e-4, b1=0.9, b2=0.99, clip_norm=1.0, warmup_steps=1000, ema_decay=0.999
     )
     for stage in ('content', 'motion'):
-        config[stage]['model'].update(common.B)
+        config[stage]['model'].update(common.SIZES['B'])
         config[stage]['train'].update(batch_size=64, warmup_steps=1000, clip_norm=1.0)
     config['content']['model']['patch'] = 4
     return common.finish(config, arg)

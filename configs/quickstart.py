@@ -28,7 +28,7 @@ def get_config(arg: str = 'all'):
         model=config['autoencoder']['model']
         | dict(patch=8, dim=128, depth=2, heads=4, motion_channels=4, remat='none'),
         loss=dict(l1_weight=0.0, l2_weight=1.0, lpips_weight=0.0),
-        train=train(steps=900),
+        train=train(steps=550),
     )
     process = dict(schedule='cosine', prediction='v', learn_sigma=False)
     network = dict(dim=128, depth=4, heads=4, rotary=True, remat='none')
@@ -36,13 +36,14 @@ def get_config(arg: str = 'all'):
         model=dict(patch=4) | network,
         process=process,
         sampling=dict(sampler='ddim', steps=50, guidance=4.0),
-        train=train(steps=3200),
+        train=train(steps=4300),
     )
     config['motion'].update(
         model=dict(patch=1, content_patch=8) | network,
         process=process,
         sampling=dict(sampler='ddim', steps=50, guidance=1.5),
+        content_noise=0.5,
         statistics_clips=512,
-        train=train(steps=2000),
+        train=train(steps=1700),
     )
     return common.finish(config, arg)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from cmd_jax.cli import Interrupted
+from cmd_jax.errors import Interrupted
 from cmd_jax.training import loop
 from tests import tiny
 

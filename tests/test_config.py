@@ -20,7 +20,7 @@ def test_shipped_configs_fit_the_schema(name, arg):
 
 
 def test_ucf101_is_the_papers_setting():
-    config = configs.parse(importlib.import_module('configs.ucf101').get_config('all').to_dict())
+    config = configs.parse(tiny.shipped('ucf101'))
     assert (config.data.frames, config.data.height, config.data.width) == (16, 64, 64)
     model = config.autoencoder.model
     assert (model.patch, model.dim, model.depth, model.heads) == (2, 384, 8, 8)
@@ -33,6 +33,7 @@ def test_ucf101_is_the_papers_setting():
         assert (section.model.dim, section.model.depth, section.model.heads) == (1024, 24, 16)
         assert section.process.learn_sigma and section.process.schedule == 'linear'
         assert (section.train.batch_size, section.train.learning_rate) == (256, 1e-4)
+        assert section.sampling.guidance == 4.0 and section.loss.label_drop == 0.1
     assert config.motion.model.content_patch == 4
     assert config.motion.train.clip_norm == 1.0
 
@@ -55,7 +56,14 @@ def change(path, value):
         ('data.frames', 'many', ['data.frames', "'many'", 'int']),
         ('data.frames', 0, ['data.frames=0', 'positive']),
         ('data.flip', 1, ['data.flip', 'bool']),
-        ('content.loss.min_snr', 'x', ['content.loss.min_snr', 'float or None']),
+        ('content.loss.min_snr', 'x', ['content.loss.min_snr', 'float']),
+        ('content.loss.label_drop', 7.0, ['content.loss.label_drop=7.0', '0.0..1.0']),
+        ('content.sampling.sampler', 'ddimm', ["did you mean 'ddim'"]),
+        ('content.process.schedule', 'cosin', ["did you mean 'cosine'"]),
+        ('motion.model.remat', 'ful', ["did you mean 'full'"]),
+        ('motion.model.patch', 0, ['motion.model.patch=0', 'positive']),
+        ('mesh.tensor', -1, ['mesh.tensor=-1', 'positive']),
+        ('seed', -1, ['seed=-1']),
         ('content', 3, ['content=3', 'section']),
         ('stage', 'movie', ["stage='movie'", 'autoencoder, content, motion, all']),
         ('motion.train.schedule', 'cosin', ["'cosin'", "did you mean 'cosine'"]),

@@ -36,7 +36,7 @@ def one_error(result, *words):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    """A trained tiny run, on one device of this process."""
+    """A trained tiny run, on the eight devices of this process."""
     workdir = tmp_path_factory.mktemp('run')
     tree = tiny.tree()
     tree['mesh'] = dict(data=2, fsdp=4, tensor=1)
@@ -54,7 +54,7 @@ def test_run_directory_holds_what_it_should(run):
     for stage in configs.STAGES:
         folder = run / stage
         names = {p.name for p in folder.iterdir()}
-        expected = {'config.json', 'classes.json', 'checkpoints', 'metrics.jsonl', 'previews'}
+        expected = {'config.json', 'inputs.json', 'checkpoints', 'metrics.jsonl', 'previews'}
         assert names == expected
         previews = {p.name for p in (folder / 'previews').iterdir()}
         assert '0000006.png' in previews
@@ -64,7 +64,8 @@ def test_run_directory_holds_what_it_should(run):
         assert [r['step'] for r in records] == [1, 2, 3, 4, 5, 6]
         assert all(np.isfinite(r['loss']) and r['skipped'] == 0 for r in records)
         assert records[0]['learning_rate'] < records[1]['learning_rate']
-    assert len(json.loads((run / 'content' / 'classes.json').read_text())) == 10
+    inputs = json.loads((run / 'content' / 'inputs.json').read_text())
+    assert len(inputs['class_names']) == 10 and inputs['autoencoder_step'] == 6
 
 
 def test_second_run_has_nothing_to_do(run):
@@ -128,11 +129,14 @@ def test_sample_script(run, tmp_path):
     )
     assert code == 0, stderr[-2000:]
     names = {p.name for p in tmp_path.iterdir()}
-    assert names == {'0000.mp4', '0001.mp4', '0002.mp4', 'grid.mp4', 'grid.gif', 'samples.json'}
+    expected = {'0000.mp4', '0001.mp4', '0002.mp4', 'grid.mp4', 'grid.gif'}
+    assert names == expected | {'frames.png', 'samples.json'}
     record = json.loads((tmp_path / 'samples.json').read_text())
     assert [v['label'] for v in record['videos']] == [3, 7, 3]
     assert record['checkpoint_steps'] == dict.fromkeys(configs.STAGES, 6)
     assert record['seed'] == 0
+    assert record['content'] == {'sampler': 'ddim', 'steps': 2, 'guidance': 4.0}
+    assert record['motion']['steps'] == 2
     assert video.read(tmp_path / '0000.mp4').shape[0] == 4
 
 
@@ -178,6 +182,8 @@ def test_scripts_fail_in_one_line(run, tmp_path):
         (lambda t: t['mesh'].update(tensor=3, fsdp=1), ['tensor=3', '8 devices']),
         (lambda t: t['data'].update(source='folder', path='/none'), ['/none']),
         (lambda t: t['data'].update(source='movies'), ["'movies'", 'moving_digits']),
+        (lambda t: t['motion']['model'].update(patch=3), ['frames=4', 'patch=3']),
+        (lambda t: t['motion']['sampling'].update(steps=5000), ['steps=5000', '1000']),
     ],
 )
 def test_bad_configs_stop_before_training(change, words, tmp_path):
@@ -187,6 +193,9 @@ def test_bad_configs_stop_before_training(change, words, tmp_path):
         loop.train(configs.parse(tree), tmp_path)
     for word in words:
         assert word in str(e.value)
+    # The mended command is not held against the wrong one.
+    loop.check_config('autoencoder', tiny.config(), tmp_path / 'autoencoder', False)
+    assert not list(tmp_path.rglob('*.json'))
 
 
 def test_content_needs_an_autoencoder(tmp_path):
@@ -204,7 +213,9 @@ def test_changed_config_is_shown(run, tmp_path):
     tree['autoencoder']['model']['dim'] = 24
     with pytest.raises(UserError, match='does not fit this config'):
         loop.train(configs.parse(tree), tmp_path, force_config=True)
-    assert (tmp_path / 'autoencoder' / 'checkpoints' / '6').exists()
+    shutil.copytree(run / 'content', tmp_path / 'content')
+    shutil.copytree(run / 'motion', tmp_path / 'motion')
+    assert cmd_jax.load(tmp_path)([1]).shape == (1, 4, 16, 16, 3)
 
 
 def test_stages_must_agree_on_the_autoencoder(run):
@@ -218,3 +229,59 @@ def test_unwritable_workdir(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written'):
         loop.train(tiny.config(), tmp_path / 'file')
+
+
+def test_content_needs_a_finished_autoencoder(run, tmp_path):
+    shutil.copytree(run / 'autoencoder', tmp_path / 'autoencoder')
+    path = tmp_path / 'autoencoder' / 'config.json'
+    stored = json.loads(path.read_text())
+    stored['autoencoder']['train']['steps'] = 60
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match='6 of 60 steps'):
+        loop.train(tiny.config('content'), tmp_path)
+
+
+def test_parts_of_different_autoencoders_do_not_mix(run, tmp_path):
+    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / 'motion' / 'inputs.json'
+    inputs = json.loads(path.read_text())
+    path.write_text(json.dumps(inputs | {'autoencoder_step': 5}))
+    with pytest.raises(UserError, match='motion was trained on the autoencoder of step 5'):
+        cmd_jax.load(tmp_path)
+    tree = tiny.tree('motion')
+    with pytest.raises(UserError, match='autoencoder_step=5'):
+        loop.train(configs.parse(tree), tmp_path)
+
+
+@pytest.mark.parametrize('classes', [True, False])
+def test_folder_of_videos_end_to_end(classes, tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        folder = tmp_path / 'videos' / (f'class{i % 2}' if classes else '')
+        noise = rng.integers(0, 256, (10, 24, 32, 3), dtype=np.uint8)
+        video.write(folder / f'{i}.mp4', noise)
+    (tmp_path / 'videos' / 'empty.mp4').write_bytes(b'')
+    tree = tiny.tree(name='folder', path=str(tmp_path / 'videos'))
+    loop.train(configs.parse(tree), tmp_path / 'run')
+    generator = cmd_jax.load(tmp_path / 'run')
+    assert generator.class_names == (['class0', 'class1'] if classes else [])
+    assert generator(num_videos=3, seed=0).shape == (3, 4, 16, 16, 3)
+    if not classes:
+        with pytest.raises(UserError, match='no classes'):
+            generator([0])
+        with pytest.raises(UserError, match='guidance=4.0'):
+            generator(guidance=4.0)
+
+
+def test_every_field_can_be_set_on_the_command_line(tmp_path):
+    """Among them those that may be absent, like head_dim."""
+    flags = ['--config.autoencoder.model.head_dim=6', '--config.content.loss.min_snr=5']
+    config = '--config=configs/quickstart.py:all,tiny'
+    one_error(script('train.py', config, *flags, f'--workdir={tmp_path}'), 'head_dim=6')
+    spaced = ['--config', 'configs/quickstart.py:all,tiny', '--config.content.train.step=3']
+    one_error(script('train.py', *spaced, f'--workdir={tmp_path}'), 'content.train.steps')
+
+
+def test_floats_are_not_taken_for_videos(generator):
+    with pytest.raises(UserError, match='float32'):
+        generator.reconstruct(np.zeros((1, 4, 16, 16, 3), np.float32))

@@ -14,6 +14,15 @@ def small(**kwargs):
     return cmd_jax.VideoAutoencoder(**settings | kwargs, rngs=nnx.Rngs(0))
 
 
+def randomize(model, seed=0):
+    """Zero-initialised layers would hide what a test looks for."""
+    graphdef, params = nnx.split(model, nnx.Param)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+
+
 def clip(seed=0, shape=(2, 4, 16, 24, 3)):
     return jax.random.uniform(jax.random.key(seed), shape, minval=-1.0)
 
@@ -116,7 +125,7 @@ def test_content_frame_of_a_still_video_is_its_frame():
 
 
 def test_importance_sums_to_one_over_the_frames():
-    weights = small().importance(clip())
+    weights = randomize(small()).importance(clip())
     np.testing.assert_allclose(weights.sum(1), 1.0, atol=1e-6)
     assert float(weights.std()) > 1e-3
 
@@ -132,7 +141,7 @@ def test_shuffling_frames(position):
     """Without positions a shuffle only shuffles; with them the content frame changes."""
     order = np.array([2, 0, 3, 1])
     video = clip()
-    model = small(position=position)
+    model = randomize(small(position=position))
     weights, shuffled = model.importance(video), model.importance(video[:, order])
     difference = float(jnp.abs(shuffled - weights[:, order]).max())
     assert difference < 1e-6 if position == 'none' else difference > 1e-3
@@ -141,19 +150,28 @@ def test_shuffling_frames(position):
 def test_transposing_the_video_is_not_transposing_the_latent():
     """Rows and columns are told apart by position."""
     video = clip(shape=(1, 4, 16, 16, 3))
-    model = small(width=16)
+    model = randomize(small(width=16))
     content = model.encode(video)[0]
     other = model.encode(video.swapaxes(2, 3))[0].swapaxes(1, 2)
     assert float(jnp.abs(content - other).max()) > 1e-4
 
 
 def test_width_part_of_the_motion_comes_first():
-    """A change of the width part moves the decoder's input alike in all rows: columns differ."""
-    model = small()
-    content, motion = model.encode(clip())
-    across = model.width_embed(motion[:, :, : model.columns])
-    assert across.shape == (2, 4, 6, 32)
+    """Without positions, a video of equal rows has no place in its height part, and one of equal
+    columns none in its width part."""
+    model = small(position='none')
+    equal_rows = jnp.broadcast_to(clip()[:, :, :1], (2, 4, 16, 24, 3))
+    motion = model.encode(equal_rows)[1]
     assert (model.columns, model.rows, model.motion_tokens) == (6, 4, 10)
+    across, down = motion[:, :, :6], motion[:, :, 6:]
+    np.testing.assert_allclose(down, jnp.broadcast_to(down[:, :, :1], down.shape), atol=1e-5)
+    assert float(across.std(2).mean()) > 1e-3
+
+
+def test_plain_mean_at_first():
+    """Training begins with the plain mean of the frames."""
+    video = clip()
+    np.testing.assert_allclose(small().encode(video)[0], video.mean(1), atol=1e-6)
 
 
 def test_outputs():
@@ -203,15 +221,6 @@ def test_patches_are_rows_columns_channels():
 
 
 # --- The diffusion transformers ----------------------------------------------------------------
-
-
-def randomize(model, seed=0):
-    """Zero-initialised layers would hide what a test looks for."""
-    graphdef, params = nnx.split(model, nnx.Param)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
 
 
 def content_dit(**kwargs):

@@ -5,9 +5,14 @@ import importlib
 from cmd_jax.training import config as configs
 
 
+def shipped(name: str, arg: str = 'all') -> dict:
+    """A config of configs/ as a nested dict."""
+    return importlib.import_module(f'configs.{name}').get_config(arg).to_dict()
+
+
 def tree(stage='all', name='quickstart', **data) -> dict:
     """The config of a run of seconds, as a nested dict."""
-    tree = importlib.import_module(f'configs.{name}').get_config(f'{stage},tiny').to_dict()
+    tree = shipped(name, f'{stage},tiny')
     tree['data'].update(dict(frames=4, height=16, width=16) | data)
     tree['autoencoder']['model'].update(patch=4, dim=16, depth=1, heads=2)
     for part in ('content', 'motion'):

@@ -99,7 +99,7 @@ class MovingDigits:
           height: of a frame, pixels.
           width: of a frame, pixels.
           digit_size: side of the digit in pixels; DIGIT_SHARE of the short side if None.
-          speed: (least, most) pixels per frame; (0.4, 1.1) at a short side of 32 if None.
+          speed: (least, most) pixels per frame; (0.7, 0.8) at a short side of 32 if None.
           size: clips in an epoch; 100,000 (train) or 2,000 (test) if None.
           seed: of the whole set.
         """
@@ -108,7 +108,7 @@ class MovingDigits:
         digit_size = digit_size or round(DIGIT_SHARE * short)
         if digit_size < 8:
             raise UserError(f'digit_size={digit_size} at {height}x{width}: must be at least 8')
-        self._speed = speed or (0.4 * short / 32, 1.1 * short / 32)
+        self._speed = speed or (0.7 * short / 32, 0.8 * short / 32)
         if not 0 <= self._speed[0] <= self._speed[1]:
             raise UserError(f'speed={speed}: must be (least, most), 0 <= least <= most')
         self._patches = np.stack([enlarge(image, digit_size) for image in images])

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 
 import grain
 import numpy as np
@@ -69,13 +70,19 @@ def make_dataset(
         read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         per_worker = math.ceil(ahead / workers)
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=per_worker)
-        dataset = samples.to_iter_dataset(read, allow_nones=True).mp_prefetch(options)
+        dataset = samples.to_iter_dataset(read, allow_nones=True)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
     else:
         # Decoding and resizing release the interpreter lock.
         threads = min(4, os.cpu_count() or 1, ahead)
         read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         dataset = samples.to_iter_dataset(read, allow_nones=True)
     return dataset.filter(_is_read).batch(batch_size, batch_fn=_stack)
+
+
+def _ignore_interrupts(worker: int, workers: int):
+    # A terminal's Ctrl-C reaches the workers too; the main process decides when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _is_read(sample):

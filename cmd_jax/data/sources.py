@@ -26,6 +26,8 @@ EXTENSIONS = frozenset(
     '.rm .ts .vob .webm .wmv'.split()
 )
 SPLITS = ('train', 'test')
+SOURCES = ('moving_digits', 'folder')
+SHORT = ('skip', 'loop')
 
 
 class VideoFolder:
@@ -77,7 +79,7 @@ class VideoFolder:
           UserError: no such folder, no video file in it, or none that gives a clip.
         """
         _check('data.split', split, SPLITS)
-        _check('short', short, ('skip', 'loop'))
+        _check('short', short, SHORT)
         if not 0 < test_fraction < 1:
             raise UserError(f'test_fraction={test_fraction}: must lie between 0 and 1')
         self._path, self._split = os.fspath(path), split
@@ -252,7 +254,7 @@ def make_source(
     Raises:
       UserError: unknown name or option, or what the source does not take.
     """
-    _check('data.source', name, ('moving_digits', 'folder'))
+    _check('data.source', name, SOURCES)
     _check('data.split', split, SPLITS)
     sizes = {'split': split, 'frames': frames, 'height': height, 'width': width}
     source = MovingDigits if name == 'moving_digits' else VideoFolder
@@ -270,13 +272,6 @@ def make_source(
     return MovingDigits(seed=seed, **sizes, **options)
 
 
-def parse_spec(spec: str) -> tuple[str, str]:
-    """Splits 'folder:/x/y' into ('folder', '/x/y'), and 'moving_digits' into it and ''."""
-    name, _, path = spec.partition(':')
-    return name, path
-
-
-@functools.cache
 def _probe(path, size, changed):
     """`clips.probe`, once per process and version of the file: both splits ask for every file."""
     del size, changed

@@ -13,12 +13,11 @@ import math
 import os
 import pathlib
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 
 import jax
 
-from cmd_jax.errors import UserError
+from cmd_jax.errors import writable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,24 +138,6 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def prepare(folder: str | os.PathLike) -> pathlib.Path:
-    """Makes the folder of a report, or says that it cannot be before anything is measured.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
-    folder = pathlib.Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f'out={str(folder)!r} cannot be written ({error.strerror}): choose another folder'
-        ) from error
-    return folder
-
-
 def write(
     folder: str | os.PathLike, title: str, sections: Sequence[Section], numbers: Mapping
 ) -> pathlib.Path:
@@ -175,7 +156,7 @@ def write(
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in numbers.items()
     }
-    folder = prepare(folder)
+    folder = writable('out', folder)
     (folder / 'report.json').write_text(
         json.dumps(finite, indent=2, allow_nan=False) + '\n', encoding='utf-8'
     )

@@ -32,6 +32,10 @@ from cmd_jax.models.layers import (
 )
 from cmd_jax.parallel.mesh import shard
 
+POSITIONS = ('rotary', 'none')
+OUTPUTS = ('sigmoid', 'linear')
+CONTENT_FRAMES = ('weighted', 'mean')
+
 
 def time_angles(frames: int, head_dim: int) -> np.ndarray:
     """Rotation angles [t, head_dim / 2] of frame numbers: t * 10000^(-2i / head_dim)."""
@@ -155,9 +159,9 @@ class VideoAutoencoder(nnx.Module):
             if size % patch:
                 raise UserError(f'{name}={size} is not divisible by patch={patch}: change one')
         for name, value, known in (
-            ('position', position, ('rotary', 'none')),
-            ('output', output, ('sigmoid', 'linear')),
-            ('content_frame', content_frame, ('weighted', 'mean')),
+            ('position', position, POSITIONS),
+            ('output', output, OUTPUTS),
+            ('content_frame', content_frame, CONTENT_FRAMES),
             ('remat', remat, tuple(REMAT)),
         ):
             if value not in known:
@@ -187,7 +191,7 @@ class VideoAutoencoder(nnx.Module):
             )
 
         pixels = patch * patch * channels
-        # The first and last maps touch pixels and latents: float32 keeps their range.
+        # What becomes pixels or latents is float32, to keep their resolution.
         f32 = dict(dtype=jnp.float32, rngs=rngs)
         self.patch_embed = linear(pixels, dim, dtype=dtype, rngs=rngs)
         self.encoder = backbone()

@@ -11,7 +11,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.models.layers import REMAT, SelfAttention, linear, run_stack, stack
 from cmd_jax.parallel.mesh import shard
 
-# The usual sizes; configs write them out.
+# The usual sizes (table 1 of the paper).
 SIZES = {
     'S': dict(dim=384, depth=12, heads=6),
     'B': dict(dim=768, depth=12, heads=12),

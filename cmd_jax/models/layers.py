@@ -22,7 +22,8 @@ from cmd_jax.parallel.mesh import shard
 
 # What the backward pass keeps of a block. 'none': everything; 'full': the block's input only;
 # the others: the named intermediate results ('qkv': projected queries, keys, values; 'attention':
-# what attention read out, named by attention.py; 'mlp': the feed-forward's hidden layer; 'residual': the stream between parts).
+# what attention read out, named by attention.py; 'mlp': the feed-forward's hidden layer;
+# 'residual': the stream between parts).
 REMAT = {
     'none': None,
     'full': (),
@@ -64,7 +65,8 @@ def axial_angles(rows: int, columns: int, head_dim: int) -> Float[np.ndarray, 'n
     """
     if head_dim % 4:
         raise UserError(
-            f'head_dim={head_dim} is not divisible by 4, as rotary positions need: change dim or heads'
+            f'head_dim={head_dim} is not divisible by 4, as rotary positions need: '
+            'change dim or heads'
         )
     frequencies = np.geomspace(1.0, 0.1, head_dim // 4)
     row, column = np.divmod(np.arange(rows * columns), columns)

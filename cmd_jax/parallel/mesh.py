@@ -41,11 +41,12 @@ def make_mesh(
     Raises UserError where the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if fsdp == -1:
-        fsdp = len(devices) // (data * tensor)
-    if data * fsdp * tensor != len(devices):
+        fsdp = count // (data * tensor)
+    if data * fsdp * tensor != count:
         raise UserError(
-            f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make {len(devices)} devices: '
+            f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make {count} devices: '
             'choose sizes whose product is the number of devices'
         )
     # Explicit axes (the default of make_mesh) are refused by stock layers.

@@ -1,1 +1,1 @@
-"""Training: one loop for the three stages, which differ in model, loss, frozen parts and preview."""
+"""Training: one loop for three stages, which differ in model, loss, frozen parts and preview."""

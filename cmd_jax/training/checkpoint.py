@@ -53,16 +53,15 @@ class Checkpoints:
         self.manager.save(int(state.step), args=items, force=True)
 
     def restore(self, state: TrainState, statistics: dict | None, data):
-        """The newest checkpoint as (state, statistics), on the shardings of the arguments.
+        """The newest checkpoint as (state, statistics), given their ShapeDtypeStructs.
 
-        The iterator `data` moves to its stored position.
+        Arrays land on the shardings asked for; the iterator `data` moves to its stored position.
 
         Raises:
           UserError: if the stored arrays have other names or shapes.
         """
         train = {k.name: getattr(state, k.name) for k in dataclasses.fields(state)}
         model = {'ema': train.pop('ema')} | ({'statistics': statistics} if statistics else {})
-        train, model = abstract(train), abstract(model)
         self._check('train', train)
         items = ocp.args.Composite(
             train=ocp.args.StandardRestore(train),
@@ -82,19 +81,14 @@ class Checkpoints:
         stored = self.manager.item_metadata(self.latest)[item]
         stored = getattr(stored, 'tree', stored)
         old, new = shapes(stored), shapes(expected)
-        wrong = [
-            f'{k}: {old.get(k)} -> {new.get(k)}' for k in old | new if old.get(k) != new.get(k)
-        ]
-        if wrong:
+        names = [k for k in old | new if old.get(k) != new.get(k)]
+        wrong = '; '.join(f'{k}: {old.get(k)} -> {new.get(k)}' for k in names[:3])
+        if names:
             raise UserError(
                 f'checkpoint {self.folder / str(self.latest)} does not fit this config '
-                f'({len(wrong)} arrays of other shape, stored -> expected: {"; ".join(wrong[:3])}): '
+                f'({len(names)} arrays of other shape, stored -> expected: {wrong}): '
                 'use the config that it was trained with, or another workdir'
             )
-
-
-def abstract(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def shapes(tree) -> dict[str, tuple[int, ...]]:

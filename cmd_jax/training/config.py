@@ -12,7 +12,12 @@ import types
 import typing
 from pathlib import Path
 
+from cmd_jax.data.sources import SHORT, SOURCES
+from cmd_jax.diffusion.process import PREDICTIONS, SCHEDULES
+from cmd_jax.diffusion.samplers import SAMPLERS
 from cmd_jax.errors import UserError
+from cmd_jax.models.autoencoder import CONTENT_FRAMES, OUTPUTS, POSITIONS
+from cmd_jax.models.layers import REMAT
 
 STAGES = ('autoencoder', 'content', 'motion')
 record = dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +79,7 @@ class AutoencoderModel:
     dim: int
     depth: int
     heads: int
-    head_dim: int | None
+    head_dim: int  # 0: dim / heads
     motion_channels: int
     position: str
     output: str
@@ -135,7 +140,7 @@ class DiffusionProcess:
 @record
 class DiffusionLoss:
     label_drop: float  # probability of training on the null class, for guidance
-    min_snr: float | None  # gamma of the min-SNR weighting
+    min_snr: float  # gamma of the min-SNR weighting; 0: none
 
 
 @record
@@ -162,6 +167,7 @@ class Motion:
     process: DiffusionProcess
     loss: DiffusionLoss
     sampling: Sampling
+    content_noise: float  # deviation of the noise added to the content frame; the paper: 0
     statistics_clips: int  # clips whose motion latents give the mean and deviation of each channel
     train: Train
 
@@ -185,27 +191,66 @@ def parse(tree: dict) -> Config:
       UserError: for unknown or missing fields, values of another type, or values out of range.
     """
     config = build(Config, tree, '')
-    choose('stage', config.stage, (*STAGES, 'all'))
+    fields = flatten(config)
+    for path, value in fields.items():
+        name = path.rsplit('.', 1)[-1]
+        if name == 'schedule':
+            name = '.'.join(path.split('.')[-2:])
+        if name in KNOWN:
+            choose(path, value, KNOWN[name])
+        elif name in BOUNDS:
+            low, high = BOUNDS[name]
+            if not low <= value <= high:
+                raise UserError(f'{path}={value} must lie in {low}..{high}')
+        elif type(value) in (int, float) and name not in SIGNED and value <= 0:
+            raise UserError(f'{path}={value} must be positive')
     for stage in STAGES:
         train = getattr(config, stage).train
-        at = f'{stage}.train'
-        choose(f'{at}.schedule', train.schedule, ('constant', 'cosine'))
-        choose(f'{at}.precision', train.precision, ('auto', 'float32', 'bfloat16'))
-        for name in (
-            'batch_size steps accumulation learning_rate log_every save_every keep_checkpoints '
-            'max_nonfinite'
-        ).split():
-            if getattr(train, name) <= 0:
-                raise UserError(f'{at}.{name}={getattr(train, name)} must be positive')
         if train.batch_size % train.accumulation:
             raise UserError(
-                f'{at}.batch_size={train.batch_size} is not divisible by '
-                f'{at}.accumulation={train.accumulation}: change one of them'
+                f'{stage}.train.batch_size={train.batch_size} is not divisible by '
+                f'{stage}.train.accumulation={train.accumulation}: change one of them'
             )
-    for name in ('frames', 'height', 'width', 'stride'):
-        if getattr(config.data, name) <= 0:
-            raise UserError(f'data.{name}={getattr(config.data, name)} must be positive')
     return config
+
+
+# What a field's value must be one of, or lie between; all other numbers must be positive.
+KNOWN = {
+    'stage': (*STAGES, 'all'),
+    'source': SOURCES,
+    'short': SHORT,
+    'train.schedule': ('constant', 'cosine'),
+    'precision': ('auto', 'float32', 'bfloat16'),
+    'position': POSITIONS,
+    'output': OUTPUTS,
+    'content_frame': CONTENT_FRAMES,
+    'remat': tuple(REMAT),
+    'process.schedule': SCHEDULES,
+    'prediction': PREDICTIONS,
+    'sampler': SAMPLERS,
+}
+MANY = float('inf')
+BOUNDS = {
+    'seed': (0, MANY),
+    'workers': (0, MANY),
+    'test_fraction': (0.0, 0.9),
+    'label_drop': (0.0, 1.0),
+    'ema_decay': (0.0, 1.0),
+    'b1': (0.0, 1.0),
+    'b2': (0.0, 1.0),
+    'head_dim': (0, MANY),
+    'min_snr': (0.0, MANY),
+    'warmup_steps': (0, MANY),
+    'weight_decay': (0.0, MANY),
+    'clip_norm': (0.0, MANY),
+    'preview_every': (0, MANY),
+    'l1_weight': (0.0, MANY),
+    'l2_weight': (0.0, MANY),
+    'lpips_weight': (0.0, MANY),
+    'content_noise': (0.0, MANY),
+    'guidance': (0.0, MANY),
+}
+SIGNED = ('fsdp',)
 
 
 def build(cls, tree, path: str):

@@ -1,65 +1,73 @@
 """The one training loop of all stages."""
 
+import contextlib
 import functools
-import json
 import signal
 import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import logging
 from clu import parameter_overview
 from flax import nnx
 
-from cmd_jax.cli import Interrupted
+from cmd_jax import video as videos
 from cmd_jax.data import pipeline, sources
-from cmd_jax.errors import UserError
+from cmd_jax.errors import Interrupted, UserError, writable
 from cmd_jax.models import flops
 from cmd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from cmd_jax.training import config as configs
-from cmd_jax.training import stages
+from cmd_jax.training import stages, trained
 from cmd_jax.training import state as states
 from cmd_jax.training.checkpoint import Checkpoints
 from cmd_jax.training.metrics import Metrics, Progress
 
 
-def train(config: configs.Config, workdir: Path, force_config: bool = False):
-    """Trains the stages of `config.stage`, one after the other, each from where it stopped."""
+def train(config: configs.Config, workdir: str | Path, force_config: bool = False):
+    """Trains the stages of `config.stage`, one after the other, each from where it stopped.
+
+    Everything that can be wrong with the config, the data and the run is looked for first.
+
+    Raises:
+      UserError: for what the user can mend.
+      Interrupted: after Ctrl-C or SIGTERM, the state being saved.
+    """
+    if jax.process_count() > 1:
+        raise UserError(f'{jax.process_count()} processes: only one is supported so far')
+    workdir = Path(workdir)
     names = configs.STAGES if config.stage == 'all' else (config.stage,)
     mesh = make_mesh(**vars(config.mesh))
     for name in names:
         states.check_batch(name, getattr(config, name).train, mesh)
+        check_config(name, config, workdir / name, force_config)
+    source = make_source(config, 'train')
+    for name in names:
+        stages.check(name, config, len(source.class_names))
+    clips = stages.preview_clips(make_source(config, 'test'))
     for name in names:
         with jax.set_mesh(mesh):
-            train_stage(name, config, Path(workdir), mesh, force_config)
+            train_stage(name, config, workdir, mesh, source, clips)
 
 
-def train_stage(name: str, config: configs.Config, workdir: Path, mesh, force_config: bool):
+def train_stage(name: str, config: configs.Config, workdir: Path, mesh, source, clips):
     """Trains one stage to its last step; resumes from its newest checkpoint, bit for bit."""
     started = time.time()
     folder = workdir / name
-    settle_config(name, config, folder, force_config)
-    source = make_source(config, 'train')
     class_names = list(source.class_names)
-    (folder / 'classes.json').write_text(json.dumps(class_names) + '\n')
     stage = stages.make(name, config, workdir, class_names, mesh)
+    trained.check_inputs(folder, class_names, stage.autoencoder_step)
     settings = stage.train
-
     dataset = pipeline.make_dataset(
         source,
-        settings.batch_size // jax.process_count(),
+        settings.batch_size,
         seed=config.seed,
         shuffle=True,
         repeat=True,
         workers=config.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
-    batches = iter(dataset)
     tx = states.optimizer(settings)
     key, init_key = jax.random.split(jax.random.key(config.seed))
-    graphdef, state, sharding = states.create(stage.make_model, tx, mesh, init_key)
+    graphdef, abstract, init = states.prepare(stage.make_model, tx, mesh)
     step_fn = jax.jit(
         functools.partial(
             states.train_step,
@@ -70,23 +78,35 @@ def train_stage(name: str, config: configs.Config, workdir: Path, mesh, force_co
             accumulation=settings.accumulation,
         ),
         donate_argnames='state',
-        out_shardings=(sharding, replicated(mesh)),
+        out_shardings=(
+            jax.tree.map(lambda x: x.sharding, abstract),
+            replicated(mesh),
+        ),
     )
 
-    with Checkpoints(folder / 'checkpoints', settings.keep_checkpoints) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(folder / 'checkpoints', settings.keep_checkpoints)
+        )
+        batches = stack.enter_context(contextlib.closing(iter(dataset)))
         frozen, statistics = stage.frozen, None
         if name == 'motion':
-            if checkpoints.latest is None:
-                statistics = stages.measure_statistics(
-                    frozen['autoencoder'], iter(dataset), config.motion.statistics_clips
-                )
-            else:
-                zero = np.zeros(config.autoencoder.model.motion_channels, np.float32)
-                statistics = {'mean': zero, 'std': zero}
-            statistics = jax.device_put(statistics, replicated(mesh))
+            channels = config.autoencoder.model.motion_channels
+            statistics = stages.abstract_statistics(channels, mesh)
         if checkpoints.latest is not None:
-            state, statistics = checkpoints.restore(state, statistics, batches)
+            state, statistics = checkpoints.restore(abstract, statistics, batches)
             logging.info('%s: going on from step %d', name, int(state.step))
+        else:
+            state = init(init_key)
+            if name == 'motion':
+                with contextlib.closing(iter(dataset)) as sample:
+                    statistics = stages.measure_statistics(
+                        frozen['autoencoder'], sample, config.motion.statistics_clips
+                    )
+                statistics = jax.device_put(statistics, replicated(mesh))
+        # From here on the folder is this run's.
+        configs.save(config, folder / 'config.json')
+        trained.save_inputs(folder, class_names, stage.autoencoder_step)
         if statistics:
             frozen = frozen | {'statistics': statistics}
         step = int(state.step)
@@ -96,44 +116,46 @@ def train_stage(name: str, config: configs.Config, workdir: Path, mesh, force_co
         describe(name, state, mesh)
         batch = to_device(next(batches), mesh)
         counted = count_flops(graphdef, stage, state, frozen, batch)
-        metrics = Metrics(folder, step, config.tensorboard, started)
-        progress = Progress(name, step, settings.steps, settings.batch_size, counted)
-        preview = functools.partial(write_preview, stage, config, graphdef, folder)
+        metrics = stack.enter_context(
+            contextlib.closing(Metrics(folder, step, config.tensorboard, started))
+        )
+        progress = stack.enter_context(
+            contextlib.closing(Progress(name, step, settings.steps, settings.batch_size, counted))
+        )
+        signals = stack.enter_context(Signals())
 
-        with Signals() as signals:
-            before = None
-            while step < settings.steps:
-                state, scalars = step_fn(state, frozen, batch, key)
-                step += 1
-                # The device works on this step while the host looks at the one before.
-                if before is not None:
-                    check_finite(name, settings, step - 1, before)
-                before = scalars
-                last = step == settings.steps
-                if step == 1 or step % settings.log_every == 0 or last:
-                    scalars = {k: float(v) for k, v in scalars.items()}
-                    progress.update(step)
-                    scalars['learning_rate'] = float(states.learning_rate(settings)(step))
-                    scalars |= progress.speed(step)
-                    progress.show(scalars)
-                    metrics.write(step, scalars)
-                if step % settings.save_every == 0 or last or signals.received:
-                    checkpoints.save(state, statistics, batches)
-                if signals.received:
-                    progress.close()
-                    metrics.close()
-                    raise Interrupted(f'{name} saved at step {step}')
-                if last or (settings.preview_every and step % settings.preview_every == 0):
-                    preview(state, frozen, step)
-                if not last:
-                    batch = to_device(next(batches), mesh)
-            check_finite(name, settings, step, before)
-        progress.close()
-        metrics.close()
+        before = None
+        while step < settings.steps:
+            state, scalars = step_fn(state, frozen, batch, key)
+            step += 1
+            # The device works on this step while the host looks at the one before.
+            if before is not None:
+                check_finite(name, settings, step - 1, before)
+            before = scalars
+            last = step == settings.steps
+            if step == 1 or step % settings.log_every == 0 or last:
+                scalars = {k: float(v) for k, v in scalars.items()}
+                progress.update(step)
+                scalars['learning_rate'] = float(states.learning_rate(settings)(step))
+                scalars |= progress.speed(step)
+                progress.show(scalars)
+                metrics.write(step, scalars)
+            stop = signals.received
+            if step % settings.save_every == 0 or last or stop:
+                checkpoints.save(state, statistics, batches)
+            if last or (settings.preview_every and step % settings.preview_every == 0 and not stop):
+                model = nnx.merge(graphdef, state.ema)
+                out = stage.preview(model, frozen, *clips)
+                stages.write_preview(folder / 'previews', step, *out)
+            if stop or (last and signals.received):
+                raise Interrupted(f'{name} saved at step {step}')
+            if not last:
+                batch = to_device(next(batches), mesh)
+        check_finite(name, settings, step, before)
 
 
-def settle_config(name: str, config: configs.Config, folder: Path, force: bool):
-    """Stores the config with the run, or compares it with the one stored there."""
+def check_config(name: str, config: configs.Config, folder: Path, force: bool):
+    """Compares the config with the one that the folder's run has, if there is one."""
     path = folder / 'config.json'
     if path.exists() and not force:
         wrong = configs.differences(name, configs.load(path), config)
@@ -142,10 +164,7 @@ def settle_config(name: str, config: configs.Config, folder: Path, force: bool):
                 f'{folder} holds a run with another config (stored -> given: {"; ".join(wrong)}): '
                 'use another --workdir, or --force_config to go on with the new one'
             )
-    try:
-        configs.save(config, path)
-    except OSError as e:
-        raise UserError(f'workdir {folder} cannot be written: {e.strerror}') from e
+    writable('workdir', folder)
 
 
 def make_source(config: configs.Config, split: str):
@@ -168,13 +187,19 @@ def to_device(batch: dict, mesh) -> dict:
 
 
 def count_flops(graphdef, stage: stages.Stage, state, frozen, batch) -> float:
-    """Model FLOPs of an update: the forward pass times three, recomputation not counted."""
+    """Model FLOPs of an update: the trained network's forward pass three times, the frozen
+    autoencoder's once. LPIPS counts as part of the network; recomputation is not counted."""
     keys = jax.random.split(jax.random.key(0), batch['label'].shape[0])
 
     def forward(params):
         return stage.loss(nnx.merge(graphdef, params), frozen, batch, keys)[0]
 
-    return 3.0 * flops.count(forward, state.params).flops
+    total = 3.0 * flops.count(forward, state.params).flops
+    if 'autoencoder' in frozen:
+        encode = frozen['autoencoder'].encode
+        video = jax.eval_shape(videos.to_float, batch['video'])
+        total -= 2.0 * flops.count(encode, video).flops
+    return total
 
 
 def describe(name: str, state, mesh):
@@ -191,13 +216,6 @@ def check_finite(name: str, settings: configs.Train, step: int, scalars: dict):
             'non-finite loss or gradient and were skipped: lower '
             f'{name}.train.learning_rate={settings.learning_rate} or set {name}.train.clip_norm'
         )
-
-
-def write_preview(stage: stages.Stage, config, graphdef, folder: Path, state, frozen, step: int):
-    """Looks at fixed test clips with the averaged parameters."""
-    real, labels = stages.preview_clips(make_source(config, 'test'))
-    out = stage.preview(nnx.merge(graphdef, state.ema), frozen, real, labels)
-    stages.write_preview(folder / 'previews', step, out)
 
 
 class Signals:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cmd_jax.diffusion import Process
+from cmd_jax.sampling import noisy_content, normal_like, normalize, split_keys
 from cmd_jax.training.config import AutoencoderLoss, DiffusionLoss
 from cmd_jax.video import to_float
 
@@ -35,33 +36,34 @@ def autoencoder_loss(config: AutoencoderLoss) -> Callable:
     return loss
 
 
-def draw(process: Process, keys: Array, x_0: Float[Array, 'b *s']):
-    """Timesteps [b], uniform over the process, and noise like x_0, from a key an example."""
-
-    def one(key):
-        t_key, noise_key = jax.random.split(key)
-        t = jax.random.randint(t_key, (), 0, process.steps)
-        return t, jax.random.normal(noise_key, x_0.shape[1:])
-
-    return jax.vmap(one)(keys)
-
-
 def drop_labels(
     keys: Array, labels: Int[Array, 'b'], null: int, probability: float
 ) -> Int[Array, 'b']:
     """Each label replaced by the null class with the probability given."""
-    drop = jax.vmap(lambda k: jax.random.bernoulli(jax.random.fold_in(k, 1), probability))(keys)
+    drop = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
     return jnp.where(drop, null, labels)
 
 
 def diffusion_loss(
-    network: Callable, process: Process, config: DiffusionLoss, keys, x_0, labels, null, images
+    network: Callable,
+    process: Process,
+    config: DiffusionLoss,
+    keys: Array,
+    x_0: Float[Array, 'b *s'],
+    labels: Int[Array, 'b'],
+    *,
+    null: int,
+    discretized: bool,
 ):
-    """The loss of either diffusion stage; `network(x_t, t, labels)`."""
-    t, noise = draw(process, keys, x_0)
-    labels = drop_labels(keys, labels, null, config.label_drop)
+    """The loss of either diffusion stage; `network(x_t, t, labels)`, t uniform."""
+    t_keys, noise_keys, drop_keys = split_keys(keys, 3)
+    t = jax.vmap(lambda k: jax.random.randint(k, (), 0, process.steps))(t_keys)
+    noise = normal_like(noise_keys, x_0)
+    labels = drop_labels(drop_keys, labels, null, config.label_drop)
     output = network(process.add_noise(x_0, noise, t), t.astype(jnp.float32), labels)
-    losses = process.loss(output, x_0, noise, t, min_snr=config.min_snr, discretized=images)
+    losses = process.loss(
+        output, x_0, noise, t, min_snr=config.min_snr or None, discretized=discretized
+    )
     metrics = {name: value.mean() for name, value in losses.items()}
     total = sum(metrics.values())
     return total, {'loss': total} | metrics
@@ -72,35 +74,29 @@ def content_loss(process: Process, config: DiffusionLoss) -> Callable:
 
     def loss(model, frozen, batch, keys):
         content = frozen['autoencoder'].encode(to_float(batch['video']))[0]
+        null, label = model.num_classes, batch['label']
         return diffusion_loss(
-            model, process, config, keys, content, batch['label'], model.num_classes, True
+            model, process, config, keys, content, label, null=null, discretized=True
         )
 
     return loss
 
 
-def motion_loss(process: Process, config: DiffusionLoss) -> Callable:
+def motion_loss(process: Process, config: DiffusionLoss, content_noise: float) -> Callable:
     """Diffusion of normalised motion latents, given the content frame."""
 
     def loss(model, frozen, batch, keys):
         content, motion = frozen['autoencoder'].encode(to_float(batch['video']))
+        keys, content_keys = split_keys(keys, 2)
+        content = noisy_content(content_keys, content, content_noise)
         z = normalize(motion, frozen['statistics'])
 
         def network(z_t, t, labels):
             return model(z_t, t, content, labels)
 
+        null, label = model.num_classes, batch['label']
         return diffusion_loss(
-            network, process, config, keys, z, batch['label'], model.num_classes, False
+            network, process, config, keys, z, label, null=null, discretized=False
         )
 
     return loss
-
-
-def normalize(motion: Float[Array, 'b t s d'], statistics: dict) -> Float[Array, 'b t s d']:
-    """Zero mean and unit deviation per channel, by statistics {'mean': [d], 'std': [d]}."""
-    return (motion - statistics['mean']) / statistics['std']
-
-
-def denormalize(z: Float[Array, 'b t s d'], statistics: dict) -> Float[Array, 'b t s d']:
-    """The inverse of `normalize`."""
-    return z * statistics['std'] + statistics['mean']

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, TensorBoard, the progress bar, model FLOP/s."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -24,6 +25,19 @@ PEAK_FLOPS = {
 }
 
 
+def read(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; none where there is no file. JSON null: not finite."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            # The process was killed while it wrote the line.
+            break
+    return records
+
+
 class Metrics:
     """Writes scalars to FOLDER/metrics.jsonl, a line a step, and to TensorBoard.
 
@@ -37,10 +51,11 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, tensorboard: bool, started: float):
         self.path = Path(folder) / 'metrics.jsonl'
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if json.loads(line)['step'] <= step]
-        self.path.write_text(''.join(line + '\n' for line in kept))
-        self.seconds_before = json.loads(kept[-1])['seconds'] if kept else 0.0
+        kept = [record for record in read(self.path) if record['step'] <= step]
+        new = self.path.with_suffix('.tmp')
+        new.write_text(''.join(json.dumps(record) + '\n' for record in kept))
+        new.replace(self.path)
+        self.seconds_before = kept[-1]['seconds'] if kept else 0.0
         self.started = started
         self.writer = None
         if tensorboard:
@@ -49,7 +64,8 @@ class Metrics:
     def write(self, step: int, scalars: dict[str, float]):
         """`seconds` (wall-clock time in this stage, over all its processes) is added."""
         seconds = self.seconds_before + time.time() - self.started
-        record = {'step': step} | scalars | {'seconds': round(seconds, 3)}
+        finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+        record = {'step': step} | finite | {'seconds': round(seconds, 3)}
         with self.path.open('a') as f:
             f.write(json.dumps(record) + '\n')
         if self.writer is not None:

@@ -20,12 +20,13 @@ def compute_dtype(precision: str):
 
 def make_autoencoder(config: configs.Config, rngs: nnx.Rngs) -> VideoAutoencoder:
     section, data = config.autoencoder, config.data
+    model = vars(section.model) | {'head_dim': section.model.head_dim or None}
     return VideoAutoencoder(
         frames=data.frames,
         height=data.height,
         width=data.width,
         channels=3,
-        **vars(section.model),
+        **model,
         dtype=compute_dtype(section.train.precision),
         rngs=rngs,
     )

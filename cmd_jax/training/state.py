@@ -67,25 +67,24 @@ def optimizer(config: Train) -> optax.GradientTransformation:
     return optax.chain(*clip, adam)
 
 
-def create(
+def prepare(
     make_model: Callable[[nnx.Rngs], nnx.Module],
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-    key: jax.Array,
-) -> tuple[nnx.GraphDef, TrainState, TrainState]:
-    """The model's graph, the initial state, and the state's shardings.
+) -> tuple[nnx.GraphDef, TrainState, Callable[[jax.Array], TrainState]]:
+    """(graph of the model, the state's shapes and shardings, key -> initial state).
 
-    Parameters are made where they will lie: no device ever holds the whole of a sharded model.
+    Nothing is allocated: a run that goes on restores into the shapes. Initial parameters are made
+    where they will lie: no device ever holds the whole of a sharded model.
     """
-    abstract_model = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
-    graphdef = nnx.split(abstract_model, nnx.Param)[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), nnx.Param)[0]
 
     def init(key):
         params = nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(key)), nnx.Param))
         zero = jnp.int32(0)
         return TrainState(zero, zero, zero, params, params, tx.init(params))
 
-    shapes = jax.eval_shape(init, key)
+    shapes = jax.eval_shape(init, jax.random.key(0))
     params = param_sharding(shapes.params, mesh)
     everywhere = replicated(mesh)
     # Every slot of the optimizer lies like the parameter that it mirrors.
@@ -97,7 +96,10 @@ def create(
         transform_non_params=lambda _: everywhere,
     )
     sharding = TrainState(everywhere, everywhere, everywhere, params, params, opt_state)
-    return graphdef, jax.jit(init, out_shardings=sharding)(key), sharding
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
+    )
+    return graphdef, abstract, jax.jit(init, out_shardings=sharding)
 
 
 def train_step(

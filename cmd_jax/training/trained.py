@@ -1,0 +1,111 @@
+"""A stage that has been trained: what its folder holds, and the network from it.
+
+RUN/STAGE/inputs.json says what the stage was trained on: the names of the classes, and for content
+and motion the step of the autoencoder.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cmd_jax.errors import UserError
+from cmd_jax.parallel.mesh import param_sharding, replicated
+from cmd_jax.training import config as configs
+from cmd_jax.training import metrics
+from cmd_jax.training.checkpoint import Checkpoints
+from cmd_jax.training.parts import make_autoencoder, make_content, make_motion
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """One trained stage of a run.
+
+    Attributes:
+      network: with the averaged parameters.
+      config: that it was trained with.
+      step: updates of the checkpoint.
+      class_names: empty where the data has no classes.
+      autoencoder_step: of the autoencoder that content or motion was trained on, else None.
+      statistics: {'mean', 'std'} of the motion latent, [d] each; None but for the motion stage.
+    """
+
+    network: nnx.Module
+    config: configs.Config
+    step: int
+    class_names: list[str]
+    autoencoder_step: int | None
+    statistics: dict | None
+
+
+def check_inputs(folder: Path, class_names: list[str], autoencoder_step: int | None):
+    """Raises UserError where the run in the folder was trained on other classes or another
+    autoencoder."""
+    path = folder / 'inputs.json'
+    if not path.exists():
+        return
+    given = {'class_names': class_names, 'autoencoder_step': autoencoder_step}
+    for name, stored in json.loads(path.read_text()).items():
+        if stored != given[name]:
+            raise UserError(
+                f'{folder} was trained with {name}={stored}, and now it is {given[name]}: '
+                'use a new --workdir'
+            )
+
+
+def save_inputs(folder: Path, class_names: list[str], autoencoder_step: int | None):
+    inputs = {'class_names': class_names, 'autoencoder_step': autoencoder_step}
+    (folder / 'inputs.json').write_text(json.dumps(inputs) + '\n')
+
+
+def load(workdir: str | Path, stage: str, mesh: jax.sharding.Mesh) -> Trained:
+    """A stage of a run, its network placed on the mesh.
+
+    Raises:
+      UserError: if the stage is missing or not trained to its last step; names the command.
+    """
+    folder = Path(workdir) / stage
+    command = f'python train.py --config=configs/NAME.py:{stage} --workdir={workdir}'
+    if not (folder / 'inputs.json').exists():
+        raise UserError(f'{workdir} has no trained {stage}: {command}')
+    config = configs.load(folder / 'config.json')
+    inputs = json.loads((folder / 'inputs.json').read_text())
+    classes = len(inputs['class_names'])
+    make = {
+        'autoencoder': lambda: make_autoencoder(config, nnx.Rngs(0)),
+        'content': lambda: make_content(config, classes, nnx.Rngs(0)),
+        'motion': lambda: make_motion(config, classes, nnx.Rngs(0)),
+    }[stage]
+    graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)
+    params = nnx.to_pure_dict(params)
+    tree = {'ema': jax.tree.map(placed, params, param_sharding(params, mesh))}
+    if stage == 'motion':
+        vector = jax.ShapeDtypeStruct((config.autoencoder.model.motion_channels,), jnp.float32)
+        tree['statistics'] = dict.fromkeys(('mean', 'std'), placed(vector, replicated(mesh)))
+    with Checkpoints(folder / 'checkpoints') as checkpoints:
+        step, steps = checkpoints.latest, getattr(config, stage).train.steps
+        if step is None or step < steps:
+            raise UserError(
+                f'{workdir} has no trained {stage} ({step or 0} of {steps} steps done): {command}'
+            )
+        stored = checkpoints.restore_model(tree)
+    return Trained(
+        network=nnx.merge(graphdef, stored['ema']),
+        config=config,
+        step=step,
+        statistics=stored.get('statistics'),
+        **inputs,
+    )
+
+
+def placed(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def training_seconds(workdir: str | Path, stage: str) -> float | None:
+    """Wall-clock seconds of a stage's training over all its processes; None if not recorded."""
+    records = metrics.read(Path(workdir) / stage / 'metrics.jsonl')
+    return records[-1]['seconds'] if records else None
