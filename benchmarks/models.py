@@ -19,7 +19,7 @@ from absl import app, flags
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 OUT = flags.DEFINE_string('out', None, 'JSON file')
-REMAT = flags.DEFINE_string('remat', 'mlp', 'What the backward pass keeps: see layers.REMAT')
+REMAT = flags.DEFINE_string('remat', 'attention', 'What the backward pass keeps: see layers.REMAT')
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed runs; the median is told')
 
 CASES = {
