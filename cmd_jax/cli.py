@@ -40,7 +40,11 @@ def run(main: Callable[[], None]):
 def parse(argv: list[str]) -> list[str]:
     """absl's flag parser, with the errors of flags and config files in one line."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        # A config file that is not there is told of only when the config is looked at.
+        if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
+            flags.FLAGS.config.to_dict()
+        return rest
     except flags.Error as e:
         # An error inside a config file comes with its traceback: its last line says what is wrong.
         message = str(e).strip()

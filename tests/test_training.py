@@ -292,8 +292,8 @@ def test_model_flops_count_the_frozen_encoder_once():
     )
     graphdef, abstract, _ = states.prepare(stage.make_model, states.optimizer(section.train), mesh)
     batch = {
-        'video': jax.ShapeDtypeStruct((8, 4, 16, 16, 3), jnp.uint8),
-        'label': jax.ShapeDtypeStruct((8,), jnp.int32),
+        'video': jnp.zeros((8, 4, 16, 16, 3), jnp.uint8),
+        'label': jnp.zeros(8, jnp.int32),
     }
 
     def forward(params, *args):
