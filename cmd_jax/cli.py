@@ -51,6 +51,8 @@ def parse(argv: list[str]) -> list[str]:
         if 'whilst parsing config file' in message:
             message = message.splitlines()[-1].split(': ', 1)[-1]
         fail(message)
+    except UserError as e:
+        fail(str(e))
     except OSError as e:
         fail(f'--config: no such file: {str(e).split("[Errno 2]")[-1].split(": ")[-1]}')
     except (AttributeError, KeyError):
