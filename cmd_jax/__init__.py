@@ -9,6 +9,7 @@ last two independently of each other, and sampled one after the other:
     training/     one loop for the three stages, their losses, configs and checkpoints
     parallel/     how arrays lie on devices
     evaluation/   networks and numbers that judge videos, the report
+    sampling      the two draws: content frame, motion latent
     generate      Generator: the three trained parts -> new videos
     video         uint8 <-> float, files, grids
 
