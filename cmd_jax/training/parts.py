@@ -61,5 +61,14 @@ def make_motion(config: configs.Config, num_classes: int, rngs: nnx.Rngs) -> Mot
     )
 
 
+def make_network(
+    stage: str, config: configs.Config, num_classes: int, rngs: nnx.Rngs
+) -> VideoAutoencoder | ContentDiT | MotionDiT:
+    """The network of the stage of that name."""
+    if stage == 'autoencoder':
+        return make_autoencoder(config, rngs)
+    return {'content': make_content, 'motion': make_motion}[stage](config, num_classes, rngs)
+
+
 def make_process(section: configs.DiffusionProcess) -> Process:
     return Process(**vars(section))

@@ -18,7 +18,7 @@ from cmd_jax.evaluation.networks import lpips
 from cmd_jax.parallel.mesh import replicated
 from cmd_jax.training import config as configs
 from cmd_jax.training import losses, trained
-from cmd_jax.training.parts import make_autoencoder, make_content, make_motion, make_process
+from cmd_jax.training.parts import make_network, make_process
 
 PREVIEWS = 8
 
@@ -50,12 +50,7 @@ class Stage:
 def check(name: str, config: configs.Config, classes: int):
     """Raises UserError for what the config of a stage cannot mean; costs nothing."""
     section = getattr(config, name)
-    make = {
-        'autoencoder': lambda: make_autoencoder(config, nnx.Rngs(0)),
-        'content': lambda: make_content(config, classes, nnx.Rngs(0)),
-        'motion': lambda: make_motion(config, classes, nnx.Rngs(0)),
-    }[name]
-    nnx.eval_shape(make)
+    nnx.eval_shape(lambda: make_network(name, config, classes, nnx.Rngs(0)))
     if name != 'autoencoder':
         timesteps(make_process(section.process), section.sampling.steps, 'leading')
 
@@ -70,7 +65,7 @@ def make(name: str, config: configs.Config, workdir: Path, class_names: list[str
         return Stage(
             name=name,
             train=section.train,
-            make_model=lambda rngs: make_autoencoder(config, rngs),
+            make_model=lambda rngs: make_network(name, config, 0, rngs),
             loss=losses.autoencoder_loss(section.loss),
             frozen=frozen,
             autoencoder_step=None,
@@ -82,16 +77,16 @@ def make(name: str, config: configs.Config, workdir: Path, class_names: list[str
     if not classes:
         options['guidance'] = 1.0
     if name == 'content':
-        make_model, preview = make_content, preview_content
+        preview = preview_content
         loss = losses.content_loss(process, section.loss)
     else:
-        make_model, preview = make_motion, preview_motion
+        preview = preview_motion
         loss = losses.motion_loss(process, section.loss, section.content_noise)
         options['content_noise'] = section.content_noise
     return Stage(
         name=name,
         train=section.train,
-        make_model=lambda rngs: make_model(config, classes, rngs),
+        make_model=lambda rngs: make_network(name, config, classes, rngs),
         loss=loss,
         frozen={'autoencoder': autoencoder.network},
         autoencoder_step=autoencoder.step,

@@ -17,7 +17,7 @@ from cmd_jax.parallel.mesh import param_sharding, replicated
 from cmd_jax.training import config as configs
 from cmd_jax.training import metrics
 from cmd_jax.training.checkpoint import Checkpoints
-from cmd_jax.training.parts import make_autoencoder, make_content, make_motion
+from cmd_jax.training.parts import make_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +74,8 @@ def load(workdir: str | Path, stage: str, mesh: jax.sharding.Mesh) -> Trained:
     config = configs.load(folder / 'config.json')
     inputs = json.loads((folder / 'inputs.json').read_text())
     classes = len(inputs['class_names'])
-    make = {
-        'autoencoder': lambda: make_autoencoder(config, nnx.Rngs(0)),
-        'content': lambda: make_content(config, classes, nnx.Rngs(0)),
-        'motion': lambda: make_motion(config, classes, nnx.Rngs(0)),
-    }[stage]
-    graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)
+    abstract = nnx.eval_shape(lambda: make_network(stage, config, classes, nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract, nnx.Param)
     params = nnx.to_pure_dict(params)
     tree = {'ema': jax.tree.map(placed, params, param_sharding(params, mesh))}
     if stage == 'motion':
