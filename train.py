@@ -14,6 +14,8 @@ from cmd_jax.errors import UserError
 CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py:STAGE[,tiny]')
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run: configs, checkpoints, previews, metrics')
 FORCE = flags.DEFINE_bool('force_config', False, 'Go on although the config has changed')
+PROFILE = flags.DEFINE_bool('profile', False, 'Write a profiler trace of five steps of each stage')
+DUMP_HLO = flags.DEFINE_bool('dump_hlo', False, 'Write the compiled step of each stage as text')
 
 
 def main():
@@ -23,7 +25,13 @@ def main():
         raise UserError('--workdir is missing: for example --workdir=runs/quickstart')
     from cmd_jax.training import config, loop
 
-    loop.train(config.parse(CONFIG.value.to_dict()), WORKDIR.value, force_config=FORCE.value)
+    loop.train(
+        config.parse(CONFIG.value.to_dict()),
+        WORKDIR.value,
+        force_config=FORCE.value,
+        profile=PROFILE.value,
+        dump_hlo=DUMP_HLO.value,
+    )
 
 
 if __name__ == '__main__':

@@ -30,7 +30,8 @@ class Generator:
       autoencoder, content, motion: the networks, with averaged parameters.
       config: {stage: the Config that it was trained with}.
       steps: {stage: updates of the checkpoint}.
-      seconds: {stage: wall-clock seconds of its training, or None if not recorded}.
+      cost: {stage: {'seconds': of its training, 'memory_gb': most that its processes held}}; a
+        stage without record has an empty one.
       class_names: names of the classes; empty for a run without classes.
       statistics: {'mean', 'std'} of the motion latent, [d] each.
     """
@@ -38,7 +39,7 @@ class Generator:
     def __init__(
         self,
         stages: dict[str, trained.Trained],
-        seconds: dict[str, float | None],
+        cost: dict[str, dict[str, float]],
         mesh: jax.sharding.Mesh,
     ):
         self.autoencoder = stages['autoencoder'].network
@@ -47,7 +48,7 @@ class Generator:
         self.config = {name: stage.config for name, stage in stages.items()}
         self.steps = {name: stage.step for name, stage in stages.items()}
         self.class_names = stages['content'].class_names
-        self.seconds, self.mesh = seconds, mesh
+        self.cost, self.mesh = cost, mesh
         self.content_process = make_process(self.config['content'].content.process)
         self.motion_process = make_process(self.config['motion'].motion.process)
 
@@ -247,5 +248,5 @@ def load(workdir: str | Path) -> Generator:
                 f'{workdir}: {stage} was trained on the autoencoder of step {theirs}, which is now '
                 f'at step {there}: train {stage} again, in a new workdir'
             )
-    seconds = {stage: trained.training_seconds(workdir, stage) for stage in configs.STAGES}
-    return Generator(stages, seconds, mesh)
+    cost = {stage: trained.training_cost(workdir, stage) for stage in configs.STAGES}
+    return Generator(stages, cost, mesh)

@@ -23,6 +23,12 @@ def normal_like(keys: Array, x: Float[Array, 'b *s']) -> Float[Array, 'b *s']:
     return jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
 
 
+def initial_noise(keys: Array, model: ContentDiT | MotionDiT) -> Float[Array, 'b rows columns c']:
+    """What sampling begins with, of the size that the model denoises."""
+    shape = (model.rows * model.patch, model.columns * model.patch, model.channels)
+    return normal_like(keys, jnp.empty((len(keys), *shape)))
+
+
 def noisy_content(
     keys: Array, content: Float[Array, 'b h w c'], deviation: float
 ) -> Float[Array, 'b h w c']:
@@ -63,16 +69,15 @@ def draw_content(
     guidance: float,
 ) -> Float[Array, 'b h w c']:
     """Content frames in [-1, 1]; `keys` [b], one an example."""
-    shape = (model.rows * model.patch, model.columns * model.patch, model.channels)
     noise_keys, keys, _, _, _ = split_keys(keys, 5)
-    noise = normal_like(noise_keys, jnp.empty((len(keys), *shape)))
     denoise = guide(
         lambda x, t, label: model(x, t, label),
         labels,
-        jnp.full_like(labels, model.num_classes),
+        model.null_condition(labels),
         guidance,
         learn_sigma=process.learn_sigma,
     )
+    noise = initial_noise(noise_keys, model)
     return sample(denoise, noise, process, sampler=sampler, steps=steps, clip=1.0, key=keys)
 
 
@@ -81,7 +86,7 @@ def draw_motion(
     process: Process,
     keys: Array,
     content: Float[Array, 'b h w c'],
-    labels: Int[Array, 'b'],
+    condition: Int[Array, 'b'] | Float[Array, 'b k'],
     statistics: dict,
     *,
     sampler: str,
@@ -90,17 +95,16 @@ def draw_motion(
     content_noise: float,
 ) -> Float[Array, 'b t s d']:
     """Motion latents of the content frames; guidance keeps the frame in both branches."""
-    shape = (model.rows * model.patch, model.columns * model.patch, model.channels)
     _, _, noise_keys, keys, content_keys = split_keys(keys, 5)
-    noise = normal_like(noise_keys, jnp.empty((len(keys), *shape)))
     content = noisy_content(content_keys, content, content_noise)
     denoise = guide(
         lambda x, t, given: model(x, t, *given),
-        (content, labels),
-        (content, jnp.full_like(labels, model.num_classes)),
+        (content, condition),
+        (content, model.null_condition(condition)),
         guidance,
         learn_sigma=process.learn_sigma,
     )
+    noise = initial_noise(noise_keys, model)
     z = sample(denoise, noise, process, sampler=sampler, steps=steps, key=keys)
     return denormalize(z, statistics)
 

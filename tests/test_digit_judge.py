@@ -165,7 +165,11 @@ class Player:
         'motion': types.SimpleNamespace(motion=sampling(steps=35, guidance=2.0)),
     }
     steps = {'autoencoder': 30, 'content': 20, 'motion': 10}
-    seconds = {'autoencoder': 100.0, 'content': 20.0, 'motion': 3.0}
+    cost = {
+        'autoencoder': {'seconds': 100.0, 'memory_gb': 0.5},
+        'content': {'seconds': 20.0, 'memory_gb': 900.0},
+        'motion': {'seconds': 3.0, 'memory_gb': 0.1},
+    }
 
     def __init__(self):
         self.videos, self.labels = moving_digits.real_clips('train', 400, seed=3, **SIZES)
@@ -189,7 +193,7 @@ class Player:
 class Liar(Player):
     """Plays another digit than the one asked for, standing still."""
 
-    seconds = {'autoencoder': 100.0}
+    cost = Player.cost | {'motion': {}}
 
     def __call__(self, *, labels, **settings):
         videos = super().__call__(labels=[(label + 1) % 10 for label in labels], **settings)
@@ -203,6 +207,7 @@ def test_evaluate_praises_real_clips(tmp_path):
     assert numbers['classifier_real_accuracy'] >= 0.96
     assert 0.8 < numbers['motion_ratio'] < 1.2
     assert numbers['seconds'] == pytest.approx(123 + numbers['seconds_evaluation'])
+    assert numbers['memory_gb'] == 900
     # What was not asked for is reported as the run's config has it.
     assert (numbers['steps_content'], numbers['guidance_content']) == (25, 3.0)
     assert (numbers['steps_motion'], numbers['guidance_motion']) == (35, 2.0)
@@ -210,7 +215,7 @@ def test_evaluate_praises_real_clips(tmp_path):
     assert numbers['checkpoint_content'] == 20
 
     sections = moving_digits.sections(numbers, pictures)
-    assert sections[0].heading == '5 of 5 targets met.'
+    assert sections[0].heading == '5 of 6 targets met. Missed: memory_gb.'
     page = report.write(tmp_path, 'quickstart', sections, numbers)
     assert page.stat().st_size < 5e6
     read = json.loads((tmp_path / 'report.json').read_text())
@@ -226,7 +231,7 @@ def test_evaluate_is_not_taken_in():
     assert (numbers['steps_content'], numbers['guidance_motion']) == (7, 1.5)
     assert numbers['class_accuracy'] <= 0.1
     assert numbers['motion_ratio'] < 0.02
-    assert numbers['seconds'] is None
+    assert numbers['seconds'] is None and numbers['memory_gb'] is None
     sections = moving_digits.sections(numbers, pictures)
     assert 'Missed: class_accuracy, motion_ratio, seconds' in sections[0].heading
     assert 'of 50 generated videos were not recognised' in sections[-1].text

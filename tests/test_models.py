@@ -256,6 +256,7 @@ def test_motion_dit_sees_content_and_condition(kind):
         model, c, null = motion_dit(num_classes=5), jnp.array([0, 4]), jnp.array([5, 5])
     else:
         model, c, null = motion_dit(text_dim=7), clip(2, shape=(2, 7)), jnp.zeros((2, 7))
+    np.testing.assert_array_equal(model.null_condition(c), null)
     model = randomize(model)
     out = model(z, t, content, c)
     assert out.shape == (2, 4, 10, 16)

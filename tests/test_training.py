@@ -1,5 +1,6 @@
 """The update and the loop: sharding, accumulation, guards."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+import cmd_jax
 from cmd_jax import sampling
 from cmd_jax.data import pipeline
 from cmd_jax.errors import UserError
@@ -227,11 +229,15 @@ def test_learning_rate_warms_up_and_decays():
     np.testing.assert_allclose([constant(10), constant(110)], 1.0)
 
 
-def test_labels_are_dropped_as_often_as_said():
+@pytest.mark.parametrize('kind', ['class', 'text'])
+def test_conditions_are_dropped_as_often_as_said(kind):
     keys = jax.random.split(jax.random.key(0), 4000)
-    out = losses.drop_labels(keys, jnp.full(4000, 3), 10, 0.1)
+    shape = (4000,) if kind == 'class' else (4000, 5)
+    out = losses.drop_condition(keys, jnp.full(shape, 3), jnp.full(shape, 10), 0.1)
     assert set(np.unique(out)) == {3, 10}
-    assert float((out == 10).mean()) == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 4000))
+    whole = (out == 10).reshape(4000, -1)
+    assert (whole.all(1) == whole.any(1)).all(), 'text is dropped whole'
+    assert float(whole.mean()) == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 4000))
 
 
 def test_statistics_normalise_the_motion():
@@ -267,13 +273,50 @@ def test_dropped_labels_tell_nothing_of_the_noise():
         keys,
         jnp.zeros((n, 2)),
         jnp.zeros(n, jnp.int32),
-        null=10,
+        jnp.full(n, 10, jnp.int32),
         discretized=False,
     )
     dropped = np.asarray(seen['labels']) == 10
     assert 0.05 < dropped.mean() < 0.15
     for value in (seen['x_t'][:, 0], seen['x_t'][:, 1], seen['t'], seen['t'] % 7):
         assert abs(np.corrcoef(dropped, value)[0, 1]) < 4 / np.sqrt(n)
+
+
+@pytest.mark.parametrize('drop', [0.0, 1.0])
+def test_text_trains_the_motion_network(drop):
+    """Dropped text leaves its map's bias alone, the learned null condition."""
+    config = tiny.config()
+    section = config.motion
+    model = cmd_jax.MotionDiT(
+        frames=4,
+        tokens=8,
+        channels=4,
+        content_size=(16, 16, 3),
+        text_dim=6,
+        **dict(dim=16, depth=1, heads=2, learn_sigma=False),
+        rngs=nnx.Rngs(0),
+    )
+    graphdef, params = nnx.split(model, nnx.Param)
+    # Zero-initialised layers would hide what is behind them.
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    frozen = {'autoencoder': make_autoencoder(config, nnx.Rngs(0))}
+    frozen['statistics'] = {'mean': jnp.zeros(4), 'std': jnp.ones(4)}
+    options = dataclasses.replace(section.loss, label_drop=drop)
+    loss = losses.motion_loss(make_process(section.process), options, section.content_noise)
+    batch = {
+        'video': jnp.zeros((2, 4, 16, 16, 3), jnp.uint8),
+        'text': jax.random.normal(jax.random.key(1), (2, 6)),
+    }
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    @jax.jit
+    @jax.grad
+    def grad(params):
+        return loss(nnx.merge(graphdef, params), frozen, batch, keys)[0]
+
+    grads = nnx.to_pure_dict(grad(params))['text_embed']
+    assert grads['bias'].any()
+    assert grads['kernel'].any() == (drop == 0)
 
 
 def test_model_flops_count_the_frozen_encoder_once():

@@ -17,6 +17,7 @@ from cmd_jax.data.moving_digits import DIGIT_SHARE, MovingDigits
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation import report
 from cmd_jax.evaluation.distances import psnr
+from cmd_jax.training.metrics import peak_memory_gb
 
 # What the quickstart promises: name -> (lowest, highest) accepted.
 TARGETS = {
@@ -25,6 +26,7 @@ TARGETS = {
     'classifier_real_accuracy': (0.95, None),
     'motion_ratio': (0.7, 1.3),
     'seconds': (None, 720),
+    'memory_gb': (None, 4),
 }
 
 _GRID = 16  # crops are classified at this many pixels a side
@@ -38,6 +40,7 @@ _MEANING = {
     'classifier_real_accuracy': 'how often that classifier is right on held-out real clips',
     'motion_ratio': 'how far generated digits travel, compared with real ones',
     'seconds': 'training of all three stages, and this evaluation',
+    'memory_gb': 'the most that training or this evaluation held, in GB',
 }
 
 _FPS = 8
@@ -219,7 +222,11 @@ def evaluate(
     real_digits, real_consistency = judge(real)
     digits, consistency = judge(generated)
     real_motion, generated_motion = motion(real).mean(), motion(generated).mean()
-    seconds = {**generator.seconds, 'evaluation': time.perf_counter() - start}
+    cost = generator.cost | {
+        'evaluation': {'seconds': time.perf_counter() - start, 'memory_gb': peak_memory_gb()}
+    }
+    # A run without the cost of every stage has no total: a partial sum would flatter it.
+    complete = all(cost.values()) and set(generator.steps) <= set(cost)
     used = {'seed': seed}
     for stage in ('content', 'motion'):
         default = getattr(generator.config[stage], stage).sampling
@@ -230,14 +237,14 @@ def evaluate(
         'class_accuracy': (digits == labels).mean(),
         'classifier_real_accuracy': (real_digits == real_labels).mean(),
         'motion_ratio': generated_motion / real_motion,
-        # A run without the time of every stage has no total: a partial sum would flatter it.
-        'seconds': sum(seconds.values()) if set(generator.steps) <= set(seconds) else None,
+        'seconds': sum(c['seconds'] for c in cost.values()) if complete else None,
+        'memory_gb': max(c['memory_gb'] for c in cost.values()) if complete else None,
         'frame_consistency': consistency.mean(),
         'frame_consistency_real': real_consistency.mean(),
         'motion_pixels': generated_motion,
         'motion_pixels_real': real_motion,
         'seconds_sampling': sampling,
-        **{f'seconds_{name}': value for name, value in seconds.items()},
+        **{f'seconds_{name}': c['seconds'] for name, c in cost.items() if c},
         'num_videos': num_videos,
         'num_real': num_real,
         **used,

@@ -28,7 +28,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from cmd_jax.parallel.mesh import ACTIVATIONS
+from cmd_jax.parallel.mesh import ACTIVATIONS, platform
 
 # The names of the marks; '_KEYS' follows.
 FORWARD, BACKWARD = 'attention_forward', 'attention_backward'
@@ -52,7 +52,7 @@ def attention(
     b, n, h, d = q.shape
     if k.shape != v.shape or k.shape != (b, k.shape[1], h, d):
         raise ValueError(f'attention of q {q.shape}, k {k.shape}, v {v.shape}: the shapes differ')
-    backend = _platform()
+    backend = platform()
     _log(q.shape, k.shape[1], jnp.dtype(q.dtype), backend)
     return marked(implementation(q.shape, k.shape[1], q.dtype, backend), k.shape[1])(q, k, v)
 
@@ -90,12 +90,6 @@ def _log(q_shape, k_len, dtype, backend):
         'attention of %s by %d keys, %s, on %s: %s (%s)',
         *(list(q_shape), k_len, dtype.name, backend, name, reason),
     )
-
-
-def _platform() -> str:
-    """Of the mesh if one is set (it may describe devices that are not here), else of this host."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from cmd_jax.models.layers import (
     REMAT,
     SelfAttention,
     axial_angles,
+    gelu,
     linear,
     patchify,
     run_stack,
@@ -53,7 +54,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, 'b n k']) -> Float[Array, 'b n k']:
         hidden = shard(checkpoint_name(self.up(x), 'mlp'), 'batch', None, 'mlp')
         value, gate = jnp.split(hidden, 2, axis=-1)
-        return self.down(value * jax.nn.gelu(gate, approximate=False))
+        return self.down(value * gelu(gate))
 
 
 class SpaceTimeBlock(nnx.Module):

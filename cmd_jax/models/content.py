@@ -74,3 +74,7 @@ class ContentDiT(nnx.Module):
         out = self.trunk(tokens, c, angles)
         out = rearrange(out, 'b (h w) p -> b h w p', h=self.rows)
         return unpatchify(out, self.patch)
+
+    def null_condition(self, label: Int[Array, 'b']) -> Int[Array, 'b']:
+        """What replaces `label` for no condition: label drop in training, guidance in sampling."""
+        return jnp.full_like(label, self.num_classes)

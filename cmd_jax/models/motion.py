@@ -111,3 +111,12 @@ class MotionDiT(nnx.Module):
         out = self.trunk(tokens, c, angles, read=motion.shape[1])
         out = rearrange(out, 'b (t s) p -> b t s p', t=self.rows)
         return unpatchify(out, self.patch)
+
+    def null_condition(
+        self, condition: Int[Array, 'b'] | Float[Array, 'b k']
+    ) -> Int[Array, 'b'] | Float[Array, 'b k']:
+        """What replaces `condition` for none: label or text drop in training, guidance in sampling.
+
+        The class behind the last, or features of zeros.
+        """
+        return jnp.full_like(condition, 0 if self.text_dim else self.num_classes)

@@ -87,6 +87,12 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def platform() -> str:
+    """Of the mesh if one is set (it may describe devices that are not here), else of this host."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's layout by logical axis names; does nothing outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -139,7 +139,7 @@ class DiffusionProcess:
 
 @record
 class DiffusionLoss:
-    label_drop: float  # probability of training on the null class, for guidance
+    label_drop: float  # probability of training without the condition, for guidance
     min_snr: float  # gamma of the min-SNR weighting; 0: none
 
 

@@ -20,13 +20,27 @@ from cmd_jax.training import config as configs
 from cmd_jax.training import stages, trained
 from cmd_jax.training import state as states
 from cmd_jax.training.checkpoint import Checkpoints
-from cmd_jax.training.metrics import Metrics, Progress
+from cmd_jax.training.metrics import Metrics, Progress, Trace
 
 
-def train(config: configs.Config, workdir: str | Path, force_config: bool = False):
+def train(
+    config: configs.Config,
+    workdir: str | Path,
+    *,
+    force_config: bool = False,
+    profile: bool = False,
+    dump_hlo: bool = False,
+):
     """Trains the stages of `config.stage`, one after the other, each from where it stopped.
 
     Everything that can be wrong with the config, the data and the run is looked for first.
+
+    Args:
+      config: of all stages.
+      workdir: the run.
+      force_config: go on with a run whose config differs.
+      profile: write a profiler trace of five steps to STAGE/profile.
+      dump_hlo: write the compiled step to STAGE/step.hlo.txt.
 
     Raises:
       UserError: for what the user can mend.
@@ -46,10 +60,12 @@ def train(config: configs.Config, workdir: str | Path, force_config: bool = Fals
     clips = stages.preview_clips(make_source(config, 'test'))
     for name in names:
         with jax.set_mesh(mesh):
-            train_stage(name, config, workdir, mesh, source, clips)
+            train_stage(name, config, workdir, mesh, source, clips, profile, dump_hlo)
 
 
-def train_stage(name: str, config: configs.Config, workdir: Path, mesh, source, clips):
+def train_stage(
+    name: str, config: configs.Config, workdir: Path, mesh, source, clips, profile, dump_hlo
+):
     """Trains one stage to its last step; resumes from its newest checkpoint, bit for bit."""
     started = time.time()
     folder = workdir / name
@@ -113,9 +129,15 @@ def train_stage(name: str, config: configs.Config, workdir: Path, mesh, source, 
         if step >= settings.steps:
             logging.info('%s: trained already (%d steps)', name, step)
             return
-        describe(name, state, mesh)
         batch = to_device(next(batches), mesh)
         counted = count_flops(graphdef, stage, state, frozen, batch)
+        # Compiled ahead: what does not fit is told before the first step, and nothing compiles
+        # a second time.
+        compile_started = time.time()
+        compiled = step_fn.lower(state, frozen, batch, key).compile()
+        describe(name, state, mesh, counted, compiled, time.time() - compile_started)
+        if dump_hlo:
+            (folder / 'step.hlo.txt').write_text(compiled.as_text())
         metrics = stack.enter_context(
             contextlib.closing(Metrics(folder, step, config.tensorboard, started))
         )
@@ -123,11 +145,15 @@ def train_stage(name: str, config: configs.Config, workdir: Path, mesh, source, 
             contextlib.closing(Progress(name, step, settings.steps, settings.batch_size, counted))
         )
         signals = stack.enter_context(Signals())
+        if profile:
+            trace = stack.enter_context(Trace(folder / 'profile', step))
 
         before = None
         while step < settings.steps:
-            state, scalars = step_fn(state, frozen, batch, key)
+            state, scalars = compiled(state, frozen, batch, key)
             step += 1
+            if profile:
+                trace.update(step, scalars)
             # The device works on this step while the host looks at the one before.
             if before is not None:
                 check_finite(name, settings, step - 1, before)
@@ -202,10 +228,17 @@ def count_flops(graphdef, stage: stages.Stage, state, frozen, batch) -> float:
     return total
 
 
-def describe(name: str, state, mesh):
-    """Logs the parameters with their shardings."""
+def describe(name: str, state, mesh, counted: float, compiled, seconds: float):
+    """Logs the parameters with their shardings, and what a step costs."""
     table = parameter_overview.get_parameter_overview(state.params, include_stats='sharding')
     logging.info('%s on %s\n%s', name, dict(mesh.shape), table)
+    memory = compiled.memory_analysis()
+    logging.info(
+        '%s: %.3g model TFLOP a step; %.2f GB of state and batch and %.2f GB of work space on a '
+        'device; compiled in %.1f s',
+        *(name, counted / 1e12),
+        *(memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9, seconds),
+    )
 
 
 def check_finite(name: str, settings: configs.Train, step: int, scalars: dict):

@@ -1,6 +1,7 @@
 """The three stages' losses: `loss(model, frozen, batch, keys)` -> (scalar, metrics).
 
-`batch` holds uint8 video [b t h w 3] and labels [b]; `keys` a typed PRNG key for each example;
+`batch` holds uint8 video [b t h w 3] and labels [b], or text features [b k] for a network that is
+conditioned on text; `keys` a typed PRNG key for each example;
 `frozen` the networks and arrays that the loss reads and does not train.
 """
 
@@ -8,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from cmd_jax.diffusion import Process
 from cmd_jax.sampling import noisy_content, normal_like, normalize, split_keys
@@ -36,12 +37,12 @@ def autoencoder_loss(config: AutoencoderLoss) -> Callable:
     return loss
 
 
-def drop_labels(
-    keys: Array, labels: Int[Array, 'b'], null: int, probability: float
-) -> Int[Array, 'b']:
-    """Each label replaced by the null class with the probability given."""
+def drop_condition(
+    keys: Array, condition: Shaped[Array, 'b *s'], null: Shaped[Array, 'b *s'], probability: float
+) -> Shaped[Array, 'b *s']:
+    """Each example's condition replaced by its null condition with the probability given."""
     drop = jax.vmap(lambda k: jax.random.bernoulli(k, probability))(keys)
-    return jnp.where(drop, null, labels)
+    return jnp.where(drop.reshape(-1, *(1,) * (condition.ndim - 1)), null, condition)
 
 
 def diffusion_loss(
@@ -50,17 +51,17 @@ def diffusion_loss(
     config: DiffusionLoss,
     keys: Array,
     x_0: Float[Array, 'b *s'],
-    labels: Int[Array, 'b'],
+    condition: Shaped[Array, 'b *k'],
+    null: Shaped[Array, 'b *k'],
     *,
-    null: int,
     discretized: bool,
 ):
-    """The loss of either diffusion stage; `network(x_t, t, labels)`, t uniform."""
+    """The loss of either diffusion stage; `network(x_t, t, condition)`, t uniform."""
     t_keys, noise_keys, drop_keys = split_keys(keys, 3)
     t = jax.vmap(lambda k: jax.random.randint(k, (), 0, process.steps))(t_keys)
     noise = normal_like(noise_keys, x_0)
-    labels = drop_labels(drop_keys, labels, null, config.label_drop)
-    output = network(process.add_noise(x_0, noise, t), t.astype(jnp.float32), labels)
+    condition = drop_condition(drop_keys, condition, null, config.label_drop)
+    output = network(process.add_noise(x_0, noise, t), t.astype(jnp.float32), condition)
     losses = process.loss(
         output, x_0, noise, t, min_snr=config.min_snr or None, discretized=discretized
     )
@@ -74,10 +75,9 @@ def content_loss(process: Process, config: DiffusionLoss) -> Callable:
 
     def loss(model, frozen, batch, keys):
         content = frozen['autoencoder'].encode(to_float(batch['video']))[0]
-        null, label = model.num_classes, batch['label']
-        return diffusion_loss(
-            model, process, config, keys, content, label, null=null, discretized=True
-        )
+        label = batch['label']
+        null = model.null_condition(label)
+        return diffusion_loss(model, process, config, keys, content, label, null, discretized=True)
 
     return loss
 
@@ -91,12 +91,11 @@ def motion_loss(process: Process, config: DiffusionLoss, content_noise: float) -
         content = noisy_content(content_keys, content, content_noise)
         z = normalize(motion, frozen['statistics'])
 
-        def network(z_t, t, labels):
-            return model(z_t, t, content, labels)
+        def network(z_t, t, condition):
+            return model(z_t, t, content, condition)
 
-        null, label = model.num_classes, batch['label']
-        return diffusion_loss(
-            network, process, config, keys, z, label, null=null, discretized=False
-        )
+        condition = batch['text' if model.text_dim else 'label']
+        null = model.null_condition(condition)
+        return diffusion_loss(network, process, config, keys, z, condition, null, discretized=False)
 
     return loss

@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import sys
 import time
 from pathlib import Path
 
@@ -38,6 +40,12 @@ def read(path: Path) -> list[dict]:
     return records
 
 
+def peak_memory_gb() -> float:
+    """Most memory that this process has held so far, on the host."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == 'darwin' else 1e9 / 1024)
+
+
 class Metrics:
     """Writes scalars to FOLDER/metrics.jsonl, a line a step, and to TensorBoard.
 
@@ -62,10 +70,11 @@ class Metrics:
             self.writer = tensorboard_writer(folder)
 
     def write(self, step: int, scalars: dict[str, float]):
-        """`seconds` (wall-clock time in this stage, over all its processes) is added."""
+        """Adds `seconds` (wall-clock time in this stage, over all its processes), `memory_gb`."""
         seconds = self.seconds_before + time.time() - self.started
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        record = {'step': step} | finite | {'seconds': round(seconds, 3)}
+        cost = {'seconds': round(seconds, 3), 'memory_gb': round(peak_memory_gb(), 3)}
+        record = {'step': step} | finite | cost
         with self.path.open('a') as f:
             f.write(json.dumps(record) + '\n')
         if self.writer is not None:
@@ -87,6 +96,39 @@ def tensorboard_writer(folder: Path):
     # TensorFlow would take the accelerator's memory.
     tf.config.set_visible_devices([], 'GPU')
     return metric_writers.SummaryWriter(str(folder))
+
+
+class Trace:
+    """A profiler trace of steps 11 to 15 of this process (fewer if it ends before) in `folder`.
+
+    XProf and Perfetto show it.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.first, self.last = folder, step + 10, step + 15
+        self.on = False
+
+    def update(self, step: int, result):
+        """To be called after each step, with something that the step computes."""
+        if step == self.first:
+            jax.block_until_ready(result)
+            jax.profiler.start_trace(self.folder)
+            self.on = True
+        elif step == self.last:
+            jax.block_until_ready(result)
+            self.stop()
+
+    def stop(self):
+        if self.on:
+            self.on = False
+            jax.profiler.stop_trace()
+            logging.info('profile of %d steps in %s', self.last - self.first, self.folder)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
 
 
 class Progress:

@@ -143,7 +143,7 @@ def train_step(
         grads = jax.tree.map(lambda g: g / accumulation, grads)
         metrics = jax.tree.map(jnp.mean, metrics)
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -101,7 +101,13 @@ def placed(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def training_seconds(workdir: str | Path, stage: str) -> float | None:
-    """Wall-clock seconds of a stage's training over all its processes; None if not recorded."""
+def training_cost(workdir: str | Path, stage: str) -> dict[str, float]:
+    """{'seconds': wall-clock time of a stage's training over all its processes, 'memory_gb': most
+    memory of one of them}; empty if not recorded."""
     records = metrics.read(Path(workdir) / stage / 'metrics.jsonl')
-    return records[-1]['seconds'] if records else None
+    if not records:
+        return {}
+    return {
+        'seconds': records[-1]['seconds'],
+        'memory_gb': max(record['memory_gb'] for record in records),
+    }
