@@ -25,7 +25,7 @@ quickstart: $(STAMPS)/requirements.txt  ## Trains, samples and measures on movin
 	$(BIN)/python evaluate.py --workdir=runs/quickstart --protocol=moving_digits
 
 test: lint $(STAMPS)/requirements-weights.txt  ## Lint, format check and the test suite.
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMPS)/requirements-dev.txt  ## Lint and format check.
 	$(BIN)/ruff check

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import pathlib
+from typing import Any
 
 import av
 import einops
@@ -28,12 +29,12 @@ _BT709 = 1
 _LIMITED_RANGE = 1
 
 
-def to_float(video: UInt8[np.ndarray, '...']) -> Float[np.ndarray, '...']:
+def to_float(video: UInt8[Any, '*s']) -> Float[Any, '*s']:
     """uint8 0..255 to float32 [-1, 1]; NumPy and JAX arrays alike."""
     return video.astype('float32') / 127.5 - 1.0
 
 
-def to_uint8(video: Float[np.ndarray, '...']) -> UInt8[np.ndarray, '...']:
+def to_uint8(video: Float[Any, '*s']) -> UInt8[Any, '*s']:
     """Float [-1, 1] to uint8: clipped and rounded, the exact inverse of `to_float`."""
     return ((video.astype('float32') + 1.0) * 127.5).clip(0, 255).round().astype('uint8')
 

@@ -97,6 +97,7 @@ def test_large_scores_neither_overflow_nor_lose_the_maximum():
     assert all(np.isfinite(x).all() for x in found)
 
 
+@pytest.mark.usefixtures('unchecked_types')
 def test_shapes_that_do_not_fit_raise():
     q, k, v, _ = inputs(2, 8, 8, 2, 8)
     with pytest.raises(ValueError, match='the shapes differ'):

@@ -186,9 +186,9 @@ def test_batches_have_the_promised_types():
 
 
 def test_each_epoch_is_a_new_exact_shuffle():
-    make = lambda seed: iter(  # noqa: E731
-        pipeline.make_dataset(Counting(24), 6, seed=seed, shuffle=True, repeat=True)
-    )
+    def make(seed):
+        return iter(pipeline.make_dataset(Counting(24), 6, seed=seed, shuffle=True, repeat=True))
+
     batches = take(make(1), 12)
     epochs = np.reshape(indices(batches), (3, 24))
     assert (np.sort(epochs) == np.arange(24)).all()
@@ -235,9 +235,10 @@ def test_processes_share_the_samples():
 
 
 def test_position_is_saved_in_the_middle_of_an_epoch(tmp_path):
-    make = lambda: iter(  # noqa: E731
-        pipeline.make_dataset(Counting(13, holes=5), 4, seed=2, shuffle=True, repeat=True)
-    )
+    def make():
+        source = Counting(13, holes=5)
+        return iter(pipeline.make_dataset(source, 4, seed=2, shuffle=True, repeat=True))
+
     iterator = make()
     take(iterator, 2)
     with ocp.CheckpointManager(tmp_path) as manager:

@@ -134,6 +134,7 @@ def test_motion_is_not_fooled_by_background():
     assert moving_digits.motion(still.clip(0, 255).astype(np.uint8)[None])[0] < 1
 
 
+@pytest.mark.usefixtures('unchecked_types')
 def test_psnr():
     video = np.full((3, 2, 4, 4, 3), 100, np.uint8)
     assert psnr(video, video) == math.inf

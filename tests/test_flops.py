@@ -36,11 +36,17 @@ def test_keyword_arguments_and_trees():
 
 def test_scan_multiplies_by_its_length():
     stacked = jax.ShapeDtypeStruct((5, 3, 3), jnp.float32)
-    run = lambda x, ws: lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0]  # noqa: E731
+
+    def run(x, ws):
+        return lax.scan(lambda x, w: (layer(x, w), None), x, ws)[0]
+
     assert count(run, X, stacked).linear == 5 * LINEAR
     assert count(jax.jit(run), X, stacked).linear == 5 * LINEAR
     assert count(jax.grad(lambda x, ws: run(x, ws).sum()), X, stacked).linear == 10 * LINEAR
-    looped = lambda x, w: lax.fori_loop(0, 7, lambda _, x: layer(x, w), x)  # noqa: E731
+
+    def looped(x, w):
+        return lax.fori_loop(0, 7, lambda _, x: layer(x, w), x)
+
     assert count(looped, X, W).linear == 7 * LINEAR
 
 
@@ -50,7 +56,10 @@ def test_gradients_cost_two_products_more_or_one_for_the_first_layer():
 
 
 def test_remat_counts_its_second_forward_pass():
-    twice = lambda x, w: layer(layer(x, w), w)  # noqa: E731
+
+    def twice(x, w):
+        return layer(layer(x, w), w)
+
     plain = count(jax.grad(lambda x, w: twice(x, w).sum(), (0, 1)), X, W).linear
     remat = count(jax.grad(lambda x, w: jax.checkpoint(twice)(x, w).sum(), (0, 1)), X, W).linear
     assert plain == 6 * LINEAR
@@ -64,7 +73,10 @@ def test_custom_derivatives_conditions_and_vmap():
     jvp = jax.custom_jvp(layer)
     jvp.defjvp(lambda primals, tangents: (layer(*primals), tangents[0]))
     assert count(jvp, X, W).linear == LINEAR
-    branch = lambda p, x, w: lax.cond(p, lambda: layer(layer(x, w), w), lambda: x @ w)  # noqa: E731
+
+    def branch(p, x, w):
+        return lax.cond(p, lambda: layer(layer(x, w), w), lambda: x @ w)
+
     assert count(branch, True, X, W).linear == 2 * LINEAR
     xs = jax.ShapeDtypeStruct((4, 5, 3), jnp.float32)
     ws = jax.ShapeDtypeStruct((4, 3, 3), jnp.float32)
@@ -81,10 +93,16 @@ def test_shard_map_counts_all_devices():
 
 
 def test_products_in_a_while_loop_raise_and_other_loops_do_not():
-    endless = lambda x, w: lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ w, x)  # noqa: E731
+
+    def endless(x, w):
+        return lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ w, x)
+
     with pytest.raises(ValueError, match='while'):
         count(endless, X, W)
-    harmless = lambda x: lax.while_loop(lambda x: x.sum() < 1, lambda x: x + 1, x)  # noqa: E731
+
+    def harmless(x):
+        return lax.while_loop(lambda x: x.sum() < 1, lambda x: x + 1, x)
+
     assert count(harmless, X) == Flops()
 
 

@@ -331,7 +331,7 @@ def test_model_flops_count_the_frozen_encoder_once():
         loss=losses.content_loss(make_process(section.process), section.loss),
         frozen={'autoencoder': autoencoder},
         autoencoder_step=6,
-        preview=None,
+        preview=stages.preview_content,
     )
     graphdef, abstract, _ = states.prepare(stage.make_model, states.optimizer(section.train), mesh)
     batch = {

@@ -101,6 +101,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('bad', [np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8, 1), np.uint8)])
+@pytest.mark.usefixtures('unchecked_types')
 def test_write_wants_uint8_rgb(tmp_path, bad):
     with pytest.raises(ValueError, match='uint8'):
         video_lib.write(tmp_path / 'x.mp4', bad)

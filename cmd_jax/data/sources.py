@@ -226,7 +226,7 @@ def split_files(files: list[str], test_fraction: float) -> dict[str, list[str]]:
 
 def make_source(
     name: str,
-    path: str = '',
+    path: str | os.PathLike = '',
     *,
     split: str = 'train',
     frames: int,

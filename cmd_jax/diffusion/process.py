@@ -148,7 +148,7 @@ class Process:
 
     def loss(
         self,
-        output: Float[Array, 'b *s'],
+        output: Float[Array, 'b *out'],
         x_0: Float[Array, 'b *s'],
         noise: Float[Array, 'b *s'],
         t: Int[Array, 'b'],

@@ -72,7 +72,7 @@ class Section:
 
 
 def check(
-    numbers: Mapping[str, float], targets: Mapping[str, tuple[float | None, float | None]]
+    numbers: Mapping[str, object], targets: Mapping[str, tuple[float | None, float | None]]
 ) -> Table:
     """The headline table: what was measured, what was aimed at, and whether it was reached.
 

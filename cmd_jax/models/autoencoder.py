@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from cmd_jax.errors import UserError
 from cmd_jax.models.layers import (
     REMAT,
+    Angles,
     SelfAttention,
     axial_angles,
     gelu,
@@ -37,9 +38,11 @@ POSITIONS = ('rotary', 'none')
 OUTPUTS = ('sigmoid', 'linear')
 CONTENT_FRAMES = ('weighted', 'mean')
 
+TimeAngles = Float[Array | np.ndarray, 't half_d']
 
-def time_angles(frames: int, head_dim: int) -> np.ndarray:
-    """Rotation angles [t, head_dim / 2] of frame numbers: t * 10000^(-2i / head_dim)."""
+
+def time_angles(frames: int, head_dim: int) -> TimeAngles:
+    """Rotation angles of frame numbers: t * 10000^(-2i / head_dim)."""
     frequencies = 10000.0 ** (-np.arange(0, head_dim, 2) / head_dim)
     return np.outer(np.arange(frames), frequencies).astype(np.float32)
 
@@ -70,7 +73,10 @@ class SpaceTimeBlock(nnx.Module):
         self.mlp = FeedForward(dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, 'b t n k'], time_angles: Array | None, space_angles: Array | None
+        self,
+        x: Float[Array, 'b t n k'],
+        time_angles: TimeAngles | None,
+        space_angles: Angles | None,
     ) -> Float[Array, 'b t n k']:
         b, t, n, _ = x.shape
         h = rearrange(x, 'b t n k -> (b n) t k')

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from cmd_jax.errors import UserError
-from cmd_jax.models.layers import REMAT, SelfAttention, linear, run_stack, stack
+from cmd_jax.models.layers import REMAT, Angles, SelfAttention, linear, run_stack, stack
 from cmd_jax.parallel.mesh import shard
 
 # The usual sizes (table 1 of the paper).
@@ -96,7 +96,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, 'b n k'],
         c: Float[Array, 'b k'],
-        angles: Float[Array, 'n half_d'] | None,
+        angles: Angles | None,
     ) -> Float[Array, 'b n k']:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             self.modulation(c)[:, None], 6, axis=-1
@@ -124,7 +124,7 @@ class Trunk(nnx.Module):
         self,
         x: Float[Array, 'b n k'],
         c: Float[Array, 'b k'],
-        angles: Float[Array, 'n half_d'] | None = None,
+        angles: Angles | None = None,
         read: int | None = None,
     ) -> Float[Array, 'b read out']:
         """`angles`: rotary positions; `read`: how many of the first tokens are read out."""

@@ -32,6 +32,8 @@ REMAT = {
     'mlp': ('attention', 'residual', 'qkv', 'mlp'),
 }
 
+Angles = Float[Array | np.ndarray, 'n half_d']  # by which positions rotate, in radians
+
 xavier = nnx.initializers.xavier_uniform()
 
 
@@ -74,9 +76,7 @@ def unpatchify(x: Float[Array, '*b h2 w2 p'], patch: int) -> Float[Array, '*b h 
     return rearrange(x, '... h w (p q c) -> ... (h p) (w q) c', p=patch, q=patch)
 
 
-def rotary(
-    x: Float[Array, 'b n heads d'], angles: Float[Array, 'n half_d']
-) -> Float[Array, 'b n heads d']:
+def rotary(x: Float[Array, 'b n heads d'], angles: Angles) -> Float[Array, 'b n heads d']:
     """Rotary embedding (Su et al. 2021, arXiv 2104.09864): pairs (i, i + d/2) turn by `angles`."""
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -114,7 +114,7 @@ class SelfAttention(nnx.Module):
         self.out = linear(width, dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, 'b n k'], angles: Float[Array, 'n half_d'] | None = None
+        self, x: Float[Array, 'b n k'], angles: Angles | None = None
     ) -> Float[Array, 'b n k']:
         # Head by head, so that a tensor shard holds whole heads.
         qkv = checkpoint_name(self.qkv(x), 'qkv')

@@ -1,6 +1,7 @@
 """The train state and the one update of all stages, pure functions of plain nested dicts."""
 
 import math
+import typing
 from collections.abc import Callable
 
 import jax
@@ -12,10 +13,12 @@ from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import ACTIVATIONS, param_sharding, path_name, replicated
 from cmd_jax.training.config import Train
 
+Leaf = typing.Any  # jax.Array, jax.ShapeDtypeStruct or jax.sharding.Sharding
+
 
 @struct.dataclass
 class TrainState:
-    """What a checkpoint holds.
+    """What a checkpoint holds; or, of the same form, the shapes or the shardings of it.
 
     Attributes:
       step: updates tried so far, int32.
@@ -25,9 +28,9 @@ class TrainState:
       opt_state: optax state.
     """
 
-    step: jax.Array
-    nonfinite: jax.Array
-    skipped: jax.Array
+    step: Leaf
+    nonfinite: Leaf
+    skipped: Leaf
     params: dict
     ema: dict
     opt_state: optax.OptState
