@@ -56,7 +56,6 @@ def test_gradients_cost_two_products_more_or_one_for_the_first_layer():
 
 
 def test_remat_counts_its_second_forward_pass():
-
     def twice(x, w):
         return layer(layer(x, w), w)
 
@@ -93,7 +92,6 @@ def test_shard_map_counts_all_devices():
 
 
 def test_products_in_a_while_loop_raise_and_other_loops_do_not():
-
     def endless(x, w):
         return lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ w, x)
 
