@@ -85,7 +85,7 @@ def read(path: str | os.PathLike) -> Video:
             with Image.open(path) as image:
                 pages = ImageSequence.Iterator(image)
                 return np.stack([np.asarray(page.convert('RGB')) for page in pages])
-        with av.open(os.fspath(path), metadata_errors='replace') as container:
+        with open_file(path) as container:
             stream = container.streams.best('video')
             video = [upright(frame) for frame in frames(container, stream)] if stream else []
     except (av.FFmpegError, OSError, ValueError) as e:
@@ -93,6 +93,12 @@ def read(path: str | os.PathLike) -> Video:
     if not video:
         raise UserError(f'{path}: holds no video frame')
     return np.stack(video)
+
+
+def open_file(path: str | os.PathLike) -> av.container.InputContainer:
+    """`av.open` for reading: titles in foreign encodings do not make a good video unreadable."""
+    lenient = {'metadata_errors': 'replace'} if int(av.__version__.split('.')[0]) < 19 else {}
+    return av.open(os.fspath(path), **lenient)
 
 
 def frames(container: av.container.InputContainer, stream: av.VideoStream):

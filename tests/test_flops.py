@@ -86,7 +86,7 @@ def test_shard_map_counts_all_devices():
     mesh = jax.make_mesh((1,), ('a',), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.shard_map(layer, mesh=mesh, in_specs=(P('a'), P()), out_specs=P('a'))
     assert count(split, X, W).linear == LINEAR
-    mesh = jax.sharding.AbstractMesh((5,), ('a',))
+    mesh = jax.sharding.AbstractMesh((5,), ('a',), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.shard_map(layer, mesh=mesh, in_specs=(P('a'), P()), out_specs=P('a'))
     assert count(split, X, W).linear == LINEAR
 

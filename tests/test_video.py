@@ -2,6 +2,7 @@ import base64
 import io
 import re
 
+import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -140,3 +141,20 @@ def test_data_uri_holds_the_picture():
     assert animation.n_frames == 6 and animation.size == (64, 48)
     animation.load()
     assert animation.info['duration'] == 100
+
+
+def test_titles_in_foreign_encodings_do_not_matter(tmp_path):
+    path = tmp_path / 'x.mp4'
+    with av.open(str(path), 'w') as container:
+        container.metadata['title'] = 'caf\u00e9!!'
+        stream = container.add_stream('libx264', rate=8)
+        stream.width = stream.height = 16
+        stream.pix_fmt = 'yuv420p'
+        for image in np.full((3, 16, 16, 3), 100, np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
+        container.mux(stream.encode())
+    utf8, latin1 = 'caf\u00e9!!'.encode(), 'caf\u00e9!!!'.encode('latin1')
+    whole = path.read_bytes()
+    assert whole.count(utf8) == 1
+    path.write_bytes(whole.replace(utf8, latin1))
+    assert video_lib.read(path).shape == (3, 16, 16, 3)

@@ -119,8 +119,7 @@ def _open(path):
     try:
         if os.path.getsize(path) == 0:
             raise BadVideo('empty file')
-        # Titles in foreign encodings must not make a good video unreadable.
-        with av.open(os.fspath(path), metadata_errors='replace') as container:
+        with video_lib.open_file(path) as container:
             if not container.streams.video:
                 raise BadVideo('no video stream')
             stream = container.streams.video[0]
