@@ -7,14 +7,14 @@ as a lower rate. Times are the best of several runs; the memory is XLA's tempora
 """
 
 import json
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from cmd_jax.models import attention, flops
+from benchmarks.timing import measure
+from cmd_jax.models import attention
 
 SHAPES = {
     'autoencoder, spatial, UCF-101 (16 frames)': (16, 1024, 8, 48),
@@ -26,22 +26,6 @@ SHAPES = {
 
 OUT = flags.DEFINE_string('out', None, 'Where to write the table as JSON.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of q, k and v.')
-
-
-def measure(fn, *args, seconds: float = 2.0) -> dict:
-    """The best time of one call and its memory, after compilation."""
-    compiled = jax.jit(fn).lower(*args).compile()
-    jax.block_until_ready(compiled(*args))
-    times, start = [], time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times) < 2:
-        before = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - before)
-    return {
-        'seconds': min(times),
-        'gflops_per_second': flops.count(fn, *args).flops / min(times) / 1e9,
-        'temporary_mb': compiled.memory_analysis().temp_size_in_bytes / 1e6,
-    }
 
 
 def main(argv):

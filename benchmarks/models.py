@@ -1,9 +1,11 @@
 """Time and memory of the networks at the paper's UCF-101 size: 16 x 64 x 64, batch 1, float32.
 
-    python -m benchmarks.models --out=benchmarks/results/models_cpu.json
+    make benchmark
 
 Each case runs in a process of its own, so that its peak memory is its own. PyTorch's original needs
-37.5 s and 14.7 GB for the first (2 CPU cores).
+37.5 s and 14.7 GB for the first (2 CPU cores). Times depend on the memory allocator's settings: the
+Makefile has them. Beside each case stands the rate of plain matrix products right after it: what
+the machine could do at that time.
 """
 
 import json
@@ -77,6 +79,19 @@ def build(case: str):
     return forward, (params, *args), forward
 
 
+def matmul_peak(size: int = 4096, repeats: int = 5) -> float:
+    """GFLOP/s of a product of two float32 matrices."""
+    import jax
+
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    product = jax.jit(lambda a: a @ a)
+    jax.block_until_ready(product(a))
+    started = time.time()
+    for _ in range(repeats):
+        jax.block_until_ready(product(a))
+    return repeats * 2e-9 * size**3 / (time.time() - started)
+
+
 def measure(case: str) -> dict:
     """Median seconds, peak memory of this process and model FLOPs of a case."""
     import jax
@@ -93,6 +108,7 @@ def measure(case: str) -> dict:
         started = time.time()
         jax.block_until_ready(compiled(*args))
         times.append(time.time() - started)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     count = flops.count(forward, *args).flops * (3 if function is not forward else 1)
     return {
         'case': case,
@@ -100,14 +116,16 @@ def measure(case: str) -> dict:
         'seconds': statistics.median(times),
         'seconds_spread': [min(times), max(times)],
         'first_call_seconds': first,
-        'peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        'peak_gb': memory,
         'model_tflop': count / 1e12,
         'gflops_per_second': count / statistics.median(times) / 1e9,
+        'matmul_gflops_per_second': matmul_peak(),
         'remat': REMAT.value if case.startswith('autoencoder') else None,
         'device': jax.devices()[0].device_kind,
         'cores': os.cpu_count(),
         'python': platform.python_version(),
         'jax': jax.__version__,
+        'glibc_tunables': os.environ.get('GLIBC_TUNABLES'),
         'date': time.strftime('%Y-%m-%d'),
     }
 
@@ -125,7 +143,8 @@ def main(_):
         row = results[-1]
         print(
             f'{case:32} {row["seconds"]:7.2f} s  {row["peak_gb"]:5.2f} GB  '
-            f'{row["gflops_per_second"]:6.0f} GFLOP/s   target: {row["target"]}'
+            f'{row["gflops_per_second"]:6.0f} GFLOP/s (matrix product: '
+            f'{row["matmul_gflops_per_second"]:.0f})   target: {row["target"]}'
         )
     if OUT.value:
         os.makedirs(os.path.dirname(OUT.value) or '.', exist_ok=True)
