@@ -1,8 +1,8 @@
-"""Moving handwritten digits, 8 x 32 x 32: all three stages on two CPU cores in 11 minutes.
+"""Moving handwritten digits, 8 x 32 x 32: all three stages on two CPU cores in 10 minutes.
 
     make quickstart
 
-trains with this config and measures; docs/quickstart.md has the numbers: 27.8 dB PSNR, 97 % of the
+trains with this config and measures; docs/quickstart.md has the numbers: 27.5 dB PSNR, 96 % of the
 generated videos show the digit asked for, and they move 0.80 times as far as real ones.
 
 Departs from the paper where a short training on a CPU needs it: v-prediction on a cosine schedule
