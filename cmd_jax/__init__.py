@@ -5,6 +5,8 @@ last two independently of each other, and sampled one after the other:
 
     models/       the networks: VideoAutoencoder, ContentDiT, MotionDiT
     diffusion/    the mathematics of diffusion: processes, samplers, guidance
+    stable_diffusion/  the pretrained image model: U-Net, VAE, text encoder
+    interop/      other people's weights as our networks
     data/         videos -> batches of clips
     training/     one loop for the three stages, their losses, configs and checkpoints
     parallel/     how arrays lie on devices
@@ -16,7 +18,7 @@ last two independently of each other, and sampled one after the other:
 Video is [b t h w c], float in [-1, 1] inside and uint8 where it is read or written.
 """
 
-from cmd_jax import diffusion
+from cmd_jax import diffusion, interop, stable_diffusion
 from cmd_jax.errors import UserError
 from cmd_jax.generate import Generator, load
 from cmd_jax.models.autoencoder import VideoAutoencoder
@@ -32,5 +34,7 @@ __all__ = [
     'UserError',
     'VideoAutoencoder',
     'diffusion',
+    'interop',
     'load',
+    'stable_diffusion',
 ]

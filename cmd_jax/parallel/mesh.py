@@ -26,8 +26,12 @@ PARAMS = (
     (r'.*/(out|down)/kernel', ('tensor', 'fsdp')),
     (r'.*/(qkv|up|modulation)/bias', ('tensor',)),
     (r'(.*/)?\w*(embed|head|modulation|hidden|in|out)/kernel', (None, 'fsdp')),
-    (r'(.*/)?label_embed/embedding', (None, 'fsdp')),
+    (r'(.*/)?\w*_embed(ding)?/embedding', (None, 'fsdp')),
     (r'(.*/)?\w*position', (None, 'fsdp')),
+    # Stable Diffusion, by diffusers' names; convolutions are split over what they put out.
+    (r'.*/(to_[qkv]|[qkv]_proj|fc1|net/0/proj)/kernel', ('fsdp', 'tensor')),
+    (r'.*/(to_out/0|out_proj|fc2|net/2)/kernel', ('tensor', 'fsdp')),
+    (r'(.*/)?(\w*conv\w*|linear_[12]|proj_(in|out)|time_emb_proj)/kernel', (None, 'fsdp')),
     (r'.*/(bias|scale)', (None,)),
     (r'.*', ()),
 )

