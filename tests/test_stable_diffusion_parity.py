@@ -210,6 +210,9 @@ def test_tokens(both, caplog):
     ids = ours.tokenize(prompts)
     np.testing.assert_array_equal(ids, wanted)
     assert len({tuple(row) for row in ids}) > 150
+    kept = ours.tokenizer.decode(ids[-1], skip_special_tokens=True)
+    lost = caplog.records[-1].args[1]
+    assert f'{kept} {lost}'.split() == prompts[-1].split()
 
 
 def edit(folder, part, **changes):
