@@ -40,9 +40,9 @@ xavier = nnx.initializers.xavier_uniform()
 def _dot_general(x, kernel, dimension_numbers, **kwargs):
     """`lax.dot_general` of [... k] and [k m], with x as one matrix on CPUs.
 
-    XLA's CPU backend computes the gradient of a kernel 1.2 to 4.8 times slower from an x with several
-    leading axes (it transposes the second operand and multiplies along its rows). On accelerators
-    merged axes would only hide their shardings.
+    XLA's CPU backend computes the gradient of a kernel 1.2 to 4.8 times slower from an x with
+    several leading axes (it transposes the second operand and multiplies along its rows). On
+    accelerators merged axes would only hide their shardings.
     """
     if platform() != 'cpu' or x.ndim == 2:
         return jax.lax.dot_general(x, kernel, dimension_numbers, **kwargs)
