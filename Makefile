@@ -43,8 +43,8 @@ smoke: $(STAMPS)/requirements.txt $(STAMPS)/requirements-weights.txt $(CLIPS)/co
 	$(BIN)/python train.py --config=configs/folder.py:all,tiny --config.data.path=$(CLIPS)/videos --workdir=runs/smoke
 	$(BIN)/python sample.py --workdir=runs/smoke --num_videos=2
 
-# Buffers of gigabytes are kept by the process rather than taken anew in each step, a tenth of whose
-# time that is. Small networks, which take many small ones, are a fifth slower so.
+# Buffers of gigabytes are kept by the process rather than taken anew in each step. For these
+# networks alone: small ones, which take many small buffers in several threads, are slower so.
 benchmark: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
 	$(BIN)/python -m benchmarks.attention

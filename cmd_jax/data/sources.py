@@ -272,6 +272,7 @@ def make_source(
     return MovingDigits(seed=seed, **sizes, **options)
 
 
+@functools.cache
 def _probe(path, size, changed):
     """`clips.probe`, once per process and version of the file: both splits ask for every file."""
     del size, changed

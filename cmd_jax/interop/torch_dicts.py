@@ -263,14 +263,11 @@ def load_dit(
         fit.
     """
     settings = dit_settings(state_dict, heads)
-    patch = settings['patch']
-    count = shape(state_dict, 'pos_embed', 3)[1]
-    if height is None or width is None:
-        if (height or width) is not None:
-            height = height or count * patch * patch // width
-            width = width or count * patch * patch // height
-        else:
-            height = width = math.isqrt(count) * patch
+    area = shape(state_dict, 'pos_embed', 3)[1] * settings['patch'] ** 2
+    if height is None:
+        height = area // width if width else math.isqrt(area)
+    if width is None:
+        width = area // height
     settings |= dict(
         height=height,
         width=width,

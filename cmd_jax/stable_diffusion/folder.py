@@ -139,7 +139,8 @@ def load(
     loaded = dict.fromkeys(PARTS)
     for part in parts:
         about = PARTS[part]
-        arguments = getattr(options, part)(f'{folder / part}/config.json', config(folder, part))
+        where = f'{part}/config.json'
+        arguments = getattr(options, part)(f'{folder / where}', read_json(folder, where))
 
         def make(about=about, arguments=arguments):
             return about.module(**arguments, dtype=dtype, rngs=nnx.Rngs(0))
@@ -178,11 +179,11 @@ def find(source: str | Path) -> Path:
         ) from e
 
 
-def config(folder: Path, part: str) -> dict:
-    """The config.json of a part."""
-    path = folder / part / 'config.json'
+def read_json(folder: Path, name: str) -> dict:
+    """A JSON file of the pipeline."""
+    path = folder / name
     if not path.exists():
-        raise UserError(f'{folder} has no {part}/config.json: give a whole diffusers folder')
+        raise UserError(f'{folder} has no {name}: give a whole diffusers folder')
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as e:
@@ -191,10 +192,7 @@ def config(folder: Path, part: str) -> dict:
 
 def process(folder: Path) -> Process:
     """The diffusion process that scheduler_config.json describes."""
-    path = folder / 'scheduler' / 'scheduler_config.json'
-    if not path.exists():
-        raise UserError(f'{folder} has no scheduler/scheduler_config.json')
-    tree = json.loads(path.read_text())
+    tree = read_json(folder, 'scheduler/scheduler_config.json')
     return Process(
         schedule=tree.get('beta_schedule', 'linear'),
         prediction={'epsilon': 'epsilon', 'v_prediction': 'v'}.get(

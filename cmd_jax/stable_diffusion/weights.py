@@ -75,9 +75,7 @@ def find_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
                 if missing:
                     raise UserError(f'{folder} lacks {missing[0]}, which {index.name} names')
                 return [folder / name for name in names]
-    pickles = sorted(
-        p.name for p in folder.iterdir() if p.suffix in ('.bin', '.pt', '.ckpt', '.pth')
-    )
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise UserError(
             f'{folder} holds {pickles[0]} and no safetensors file: a pickle can run any program '
