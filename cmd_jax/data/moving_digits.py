@@ -6,6 +6,7 @@ and bounces off the walls.
 """
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -65,6 +66,11 @@ def enlarge(image: Float[np.ndarray, '8 8'], size: int) -> Float[np.ndarray, 'p 
     return np.asarray(patch).clip(0, 1)  # bicubic overshoots at edges
 
 
+def caption(name: str, direction: str) -> str:
+    """'an eight moving up and left'."""
+    return f'{"an" if name == "eight" else "a"} {name} moving {direction}'
+
+
 class MovingDigits:
     """Random-access source of clips of one moving digit; white on black.
 
@@ -75,10 +81,12 @@ class MovingDigits:
     Attributes:
       name: 'moving_digits'.
       class_names: ten words; the class is the digit.
+      captions: sorted; one for each digit and direction.
     """
 
     name = 'moving_digits'
     class_names = list(CLASS_NAMES)
+    captions = sorted(itertools.starmap(caption, itertools.product(CLASS_NAMES, DIRECTIONS)))
 
     def __init__(
         self,
@@ -141,7 +149,7 @@ class MovingDigits:
         return {
             'video': np.repeat(grey[..., None], 3, axis=-1),
             'label': np.int32(label),
-            'caption': f'{_article(label)} {CLASS_NAMES[label]} moving {direction}',
+            'caption': caption(CLASS_NAMES[label], direction),
             'index': np.int64(i),
         }
 
@@ -167,7 +175,3 @@ def tent(place: Float[np.ndarray, 't'], size: int, patch: int) -> Float[np.ndarr
     """Bilinear placement as a matrix: what pixel y of a line gets of pixel j put at place + j."""
     distance = np.arange(size)[:, None] - np.arange(patch) - place[:, None, None]
     return np.maximum(1 - np.abs(distance), 0).astype(np.float32)
-
-
-def _article(label):
-    return 'an' if CLASS_NAMES[label] == 'eight' else 'a'

@@ -2,7 +2,8 @@
 
 A source has `len`, `source[i]` and `source.__getitem__(i, rng)`, which give a dict of `video` uint8
 [t h w 3], `label` int32, `caption` str and `index` int64, or None for a clip that cannot be read;
-and the attributes `name` and `class_names`. It is picklable: workers get a copy.
+and the attributes `name`, `class_names` and `captions` (what the clips of this source can have,
+sorted, each once). It is picklable: workers get a copy.
 """
 
 import collections
@@ -17,7 +18,7 @@ from concurrent import futures
 import numpy as np
 from absl import logging
 
-from cmd_jax.data import clips
+from cmd_jax.data import captions, clips
 from cmd_jax.data.moving_digits import MovingDigits
 from cmd_jax.errors import UserError
 
@@ -39,12 +40,17 @@ class VideoFolder:
     the folder, so it stays what it is when files are added (but for a folder so small that a split
     would be empty: it gets the nearest file; a single file serves both splits).
 
+    Captions come from captions.csv or a text file beside the video, see `captions.read`; a file
+    with neither has its class name in words, or '' without classes.
+
     All files are probed at the start. Broken, empty and (unless they are looped) short ones are
-    left out, and one line in the log counts them by reason.
+    left out, and one line in the log counts them by reason; it also tells how many files have a
+    caption of their own, and of captions for files that are not there.
 
     Attributes:
       name: 'folder'.
       class_names: sorted names of the class folders.
+      captions: of the split's files, sorted, each once.
       skipped: {path in the folder: reason} of the files left out, of both splits.
     """
 
@@ -76,7 +82,8 @@ class VideoFolder:
           test_fraction: share of the files kept for testing, inside (0, 1).
 
         Raises:
-          UserError: no such folder, no video file in it, or none that gives a clip.
+          UserError: no such folder, no video file in it, or none that gives a clip; captions that
+            cannot be read.
         """
         _check('data.split', split, SPLITS)
         _check('short', short, SHORT)
@@ -106,10 +113,13 @@ class VideoFolder:
                 f'{frames} frames, stride {stride}: {self._tally()}; give other files, or lower '
                 "data.frames or data.stride, or loop short ones (short='loop')"
             )
+        own, absent = captions.read(self._path, found)
         files = split_files(sorted(good), test_fraction)[split]
         self._files = [(file, good[file], self._label(file)) for file in files]
+        self._captions = [own.get(file) or self._class_in_words(file) for file in files]
+        self.captions = sorted(set(self._captions))
         self._failed = set()
-        _log_once(self._summary(len(good)))
+        _log_once(self._summary(len(good), len(own.keys() & good.keys()), absent))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -127,11 +137,10 @@ class VideoFolder:
         except clips.BadVideo as e:
             self._fail(file, e)
             return None
-        name = self.class_names[label] if self.class_names else ''
         return {
             'video': clips.resize_crop(video, self._height, self._width, crop, flip),
             'label': np.int32(label),
-            'caption': re.sub('(?<=[a-z])(?=[A-Z])', ' ', name).replace('_', ' ').lower(),
+            'caption': self._captions[i],
             'index': np.int64(i),
         }
 
@@ -157,6 +166,10 @@ class VideoFolder:
     def _label(self, file):
         return self.class_names.index(file.split('/')[0]) if self.class_names else 0
 
+    def _class_in_words(self, file):
+        name = file.split('/')[0] if self.class_names else ''
+        return re.sub('(?<=[a-z])(?=[A-Z])', ' ', name).replace('_', ' ').lower()
+
     def _fail(self, file, error):
         if file not in self._failed:
             logging.warning('folder: %s cannot be decoded: %s', file, error)
@@ -174,12 +187,18 @@ class VideoFolder:
         file, reason = next(iter(self.skipped.items()))
         return f'{counts} (first: {file}: {reason})'
 
-    def _summary(self, good):
+    def _summary(self, good, captioned, absent):
         line = f'folder: {good} clips ({len(self)} to {self._split})'
         if self.class_names:
             line += f' in {len(self.class_names)} classes'
         if good == 1:
             line += '; the only file serves for training and testing'
+        if captioned or absent:
+            line += f'; {captioned} with a caption of their own, {good - captioned} without'
+        if absent:
+            line += (
+                f'; rows of {captions.CSV} that name no video: {len(absent)} (first: {absent[0]!r})'
+            )
         if self.skipped:
             line += f'; skipped {len(self.skipped)}: {self._tally()}'
         return line
