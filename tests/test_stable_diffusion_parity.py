@@ -1,5 +1,6 @@
 """Stable Diffusion against diffusers and transformers, with the same random weights."""
 
+import copy
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from cmd_jax import stable_diffusion
 from cmd_jax.diffusion import guide, sample
 from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import make_mesh
+from cmd_jax.stable_diffusion.frames import decode_frames
 
 pytestmark = pytest.mark.parity
 
@@ -78,6 +80,23 @@ def test_vae(both, torch):
     check(log_variance, np.moveaxis(theirs.logvar.numpy(), 1, -1))
     decoded = parts['vae'].decode(torch.from_numpy(channels_first(latents))).sample
     check(jax.jit(ours.vae.decode)(latents), np.moveaxis(decoded.numpy(), 1, -1))
+
+
+# Three tiles by two; tiles at the edge of one latent and of seven; one tile, and none to split.
+@pytest.mark.parametrize('size', [(9, 19), (13, 6), (7, 15), (8, 8), (5, 7)])
+def test_tiled_decoding(both, torch, size):
+    _, parts, ours = both
+    latents = draw(2, *size, 4)
+    theirs = copy.deepcopy(parts['vae'])
+    theirs.enable_tiling()
+    theirs.tile_latent_min_size, theirs.tile_sample_min_size = 8, 16
+    decoded = theirs.decode(torch.from_numpy(channels_first(latents))).sample
+    scaled = latents[:, None] * ours.vae.scaling_factor
+    decode = jax.jit(decode_frames, static_argnames=('at_once', 'tile'))
+    images = decode(ours.vae, scaled, at_once=1, tile=8)[:, 0]
+    check(images, np.moveaxis(decoded.numpy(), 1, -1))
+    whole = decode(ours.vae, scaled, at_once=1)[:, 0]
+    assert (max(size) > 8) == (np.abs(whole - images).max() > 1e-2), 'tiles are seen'
 
 
 def test_text_encoder(both, torch):

@@ -15,10 +15,17 @@ from cmd_jax.models.layers import linear
 from cmd_jax.parallel.mesh import shard
 
 
+class Conv(nnx.Conv):
+    """Where a mesh splits images and kernel over the same devices, the kernel is gathered."""
+
+    def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h2 w2 c2']:
+        return shard(super().__call__(x), 'batch', None, None, None)
+
+
 def conv(in_dim: int, out_dim: int, kernel: int, *, dtype, rngs, strides=1, padding=None):
     """A square convolution; the padding keeps the size at stride 1 unless given."""
     side = kernel // 2
-    return nnx.Conv(
+    return Conv(
         in_dim,
         out_dim,
         (kernel, kernel),
