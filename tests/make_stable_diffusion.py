@@ -19,6 +19,7 @@ def tokenizer(folder: Path):
     letters = byte_letters()
     vocabulary = letters + [f'{letter}</w>' for letter in letters]
     merges = [('t', 'h'), ('th', 'e</w>'), ('i', 'n'), ('in', 'g</w>'), ('a', 'n</w>'), ('d', 'i')]
+    merges += [('v', 'e'), ('s', 'e'), ('se', 've'), ('seve', 'n</w>'), ('\u00c3', '\u00a9</w>')]
     vocabulary += [''.join(pair) for pair in merges]
     vocabulary += ['<|startoftext|>', '<|endoftext|>']
     folder.mkdir(parents=True)

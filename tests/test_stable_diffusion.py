@@ -1,6 +1,8 @@
 """Sizes and shardings of Stable Diffusion's networks; `make parity` compares what they compute."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -32,3 +34,25 @@ def test_published_sizes(case):
         name = meshes.path_name(path)
         assert meshes.rule(name) < len(meshes.PARAMS) - 1, f'{name} has no rule'
         assert x.size * 4 <= 2**20 or any(where.spec), f'{name} is on every device'
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    """remat='full' changes what is kept for the backward pass and nothing else."""
+    x, t = jax.random.normal(jax.random.key(0), (2, 8, 4, 4)), jnp.array([3.0, 900.0])
+    text = jax.random.normal(jax.random.key(1), (2, 5, 6))
+    sizes = dict(block_channels=(8,), cross_attention=(True,), heads=(2,), layers=1)
+    gradients, convolutions = {}, {}
+    for remat in ('none', 'full'):
+        unet = UNet(**sizes, text_dim=6, groups=4, remat=remat, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(unet)
+
+        def loss(params, graphdef=graphdef):
+            return jnp.mean(nnx.merge(graphdef, params)(x, t, text) ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        gradients[remat] = jax.tree.leaves(compiled(params))
+        convolutions[remat] = compiled.as_text().count('convolution(')
+    for none, full in zip(*gradients.values(), strict=True):
+        assert np.abs(none).max() > 0
+        np.testing.assert_allclose(full, none, rtol=0, atol=1e-5 * np.abs(none).max())
+    assert convolutions['full'] > convolutions['none'], 'some are computed again'

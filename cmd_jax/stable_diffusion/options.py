@@ -57,7 +57,27 @@ VAE_FIXED = {
     'use_post_quant_conv': True,
     'mid_block_add_attention': True,
 }
-TEXT_FIXED = {'layer_norm_eps': 1e-5, 'model_type': 'clip_text_model'}
+TEXT_FIXED = {
+    'model_type': 'clip_text_model',
+    'layer_norm_eps': 1e-5,
+    'add_cross_attention': False,
+    'cross_attention_hidden_size': None,
+    'is_decoder': False,
+    'is_encoder_decoder': False,
+    'pruned_heads': {},
+}
+# What transformers takes where the text_config of a whole CLIP model leaves a field out.
+TEXT_DEFAULTS = {
+    'vocab_size': 49408,
+    'hidden_size': 512,
+    'intermediate_size': 2048,
+    'num_hidden_layers': 12,
+    'num_attention_heads': 8,
+    'max_position_embeddings': 77,
+    'hidden_act': 'quick_gelu',
+    'layer_norm_eps': 1e-5,
+    'eos_token_id': 49407,
+}
 # Attention is computed in float32 where it has to be, whatever upcast_attention says.
 UNET_IGNORED = {'sample_size', 'upcast_attention'}
 VAE_IGNORED = {'sample_size', 'force_upcast'}
@@ -73,7 +93,20 @@ TEXT_IGNORED = {
     'projection_dim',
     'torch_dtype',
     'transformers_version',
+    # Older versions of transformers wrote what they knew of any model, above all of generation.
+    *'bad_words_ids begin_suppress_tokens chunk_size_feed_forward decoder_start_token_id'.split(),
+    *'diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size'.split(),
+    *'exponential_decay_length_penalty finetuning_task forced_bos_token_id'.split(),
+    *'forced_eos_token_id id2label label2id length_penalty max_length min_length'.split(),
+    *'no_repeat_ngram_size num_beam_groups num_beams num_return_sequences'.split(),
+    *'output_attentions output_hidden_states output_scores prefix problem_type'.split(),
+    *'remove_invalid_values repetition_penalty return_dict return_dict_in_generate'.split(),
+    *'sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss'.split(),
+    *'tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript'.split(),
+    *'typical_p use_bfloat16'.split(),
 }
+# Of a whole CLIP model: its image encoder, and what compares images with texts.
+CLIP_IGNORED = TEXT_IGNORED | {'logit_scale_init_value', 'vision_config', 'vision_config_dict'}
 
 
 class Fields:
@@ -163,7 +196,20 @@ def vae(where: str, tree: dict) -> dict:
 
 
 def text_encoder(where: str, tree: dict) -> dict:
-    """Arguments of `TextEncoder` for a `text_encoder/config.json`."""
+    """Arguments of `TextEncoder` for its config.json, or for that of a whole CLIP model."""
+    kind = tree.get('model_type', 'clip_text_model')
+    if kind not in ('clip_text_model', 'clip'):
+        raise UserError(
+            f"{where}: model_type={kind!r}: give a CLIP text encoder ('clip_text_model') or a "
+            "whole CLIP model ('clip')"
+        )
+    if kind == 'clip':
+        whole = Fields(where, tree, TEXT_FIXED | {'model_type': 'clip'}, CLIP_IGNORED)
+        tree = TEXT_DEFAULTS | (whole.take('text_config', None) or {})
+        # A name of old files; transformers reads it first, with the same defaults.
+        old = whole.take('text_config_dict', None)
+        tree = tree if old is None else tree | TEXT_DEFAULTS | old
+        whole.done()
     fields = Fields(where, tree, TEXT_FIXED, TEXT_IGNORED)
     activation = fields.take('hidden_act')
     if activation not in ACTIVATIONS:

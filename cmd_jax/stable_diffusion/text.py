@@ -91,6 +91,19 @@ class TextTransformer(nnx.Module):
         return self.final_layer_norm(x).astype(jnp.float32)
 
 
+def mean_over_text(
+    hidden: Float[Array, 'b n k'], ids: Int[Array, 'b n'], end: int
+) -> Float[Array, 'b k']:
+    """Mean of the hidden states from the start token through the first end token.
+
+    What follows is padding, which some tokenizers write as end tokens too.
+    """
+    is_end = ids == end
+    ends = jnp.cumsum(is_end, axis=1)
+    kept = (ends - is_end == 0)[..., None]
+    return jnp.sum(hidden * kept, axis=1) / jnp.sum(kept, axis=1)
+
+
 class TextEncoder(nnx.Module):
     """Args:
     vocabulary, length: number of tokens, most tokens of a prompt.

@@ -44,10 +44,10 @@ class Tensors:
             except (safetensors.SafetensorError, OSError) as e:
                 raise UserError(f'{path} cannot be read ({e}): download it again') from e
 
-    def names(self, renamed: Renamed) -> Iterator[tuple[str, str]]:
+    def names(self, renamed: Renamed, skipped: str) -> Iterator[tuple[str, str]]:
         """(our name, name in the file) of each parameter."""
         for name in self.files:
-            if re.fullmatch(SKIPPED, name):
+            if re.fullmatch(f'{SKIPPED}|{skipped}', name):
                 continue
             ours = name
             for pattern, word in renamed:
@@ -109,6 +109,7 @@ def load(
     folder: Path,
     stems: tuple[str, ...],
     renamed: Renamed,
+    skipped: str,
     mesh: jax.sharding.Mesh,
     dtype,
 ) -> nnx.Module:
@@ -118,6 +119,7 @@ def load(
       module: its parameters' shapes are what the files must have.
       folder, stems: of the part, and its files' names without suffix.
       renamed: (pattern, replacement) of names that differ from ours in some files.
+      skipped: pattern of names that are not the module's.
       mesh: where the parameters are placed, as PARAMS says.
       dtype: what parameters are kept in.
 
@@ -127,7 +129,7 @@ def load(
     graphdef, params = nnx.split(module, nnx.Param)
     params = nnx.to_pure_dict(params)
     tensors = Tensors(folder, stems)
-    names = dict(tensors.names(renamed))
+    names = dict(tensors.names(renamed, skipped))
     expected = {name_of(path): path for path in paths(params)}
     complain(folder, 'missing', [name for name in expected if name not in names])
     complain(folder, 'unknown', [name for name in names if name not in expected])
