@@ -1,0 +1,338 @@
+"""Makes a Stable Diffusion folder with random weights, in diffusers' layout.
+
+    python -m cmd_jax.stable_diffusion.make --out=.cache/sd_tiny --family=tiny
+
+  tiny  for trying out on moving digits, 32 x 32, on a CPU. Its VAE is trained (a minute on two
+        cores), its text encoder is random and frozen but tells captions apart, its U-Net is at the
+        start of a training.
+  sd15, sd21  the sizes of Stable Diffusion 1.5 and 2.1-base, for measuring time and memory.
+
+diffusers and transformers load what is written here, as does `stable_diffusion.load`. The tokenizer
+has the words of the moving digits' captions, and spells all others by letters.
+"""
+
+import copy
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags, logging
+from flax import nnx
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from cmd_jax import cli
+from cmd_jax.data.moving_digits import MovingDigits
+from cmd_jax.errors import UserError, writable
+from cmd_jax.stable_diffusion import make_vae, options, weights
+from cmd_jax.stable_diffusion.folder import PARTS
+
+START, END = '<|startoftext|>', '<|endoftext|>'
+DTYPES = ('float32', 'float16', 'bfloat16')
+VERSION = '0.40.0'  # of diffusers, whose fields these are
+# Captions come round again after some 400 clips.
+CLIPS_READ = 1000
+
+
+def unet(widths: tuple[int, ...], **fields) -> dict:
+    """unet/config.json; the coarsest of four levels does not attend to the text."""
+    cross = [True] * min(len(widths), 3) + [False] * (len(widths) - 3)
+    return dict(
+        _class_name='UNet2DConditionModel',
+        _diffusers_version=VERSION,
+        act_fn='silu',
+        block_out_channels=list(widths),
+        center_input_sample=False,
+        down_block_types=[f'{"CrossAttn" * c}DownBlock2D' for c in cross],
+        downsample_padding=1,
+        flip_sin_to_cos=True,
+        freq_shift=0,
+        in_channels=4,
+        mid_block_scale_factor=1,
+        norm_eps=1e-5,
+        out_channels=4,
+        up_block_types=[f'{"CrossAttn" * c}UpBlock2D' for c in reversed(cross)],
+        **fields,
+    )
+
+
+def vae(widths: tuple[int, ...], **fields) -> dict:
+    """vae/config.json."""
+    return dict(
+        _class_name='AutoencoderKL',
+        _diffusers_version=VERSION,
+        act_fn='silu',
+        block_out_channels=list(widths),
+        down_block_types=['DownEncoderBlock2D'] * len(widths),
+        in_channels=3,
+        latent_channels=4,
+        out_channels=3,
+        up_block_types=['UpDecoderBlock2D'] * len(widths),
+        **fields,
+    )
+
+
+def text(dim: int, depth: int, heads: int, **fields) -> dict:
+    """text_encoder/config.json. The last two tokens of the vocabulary are START and END."""
+    return dict(
+        architectures=['CLIPTextModel'],
+        attention_dropout=0.0,
+        hidden_size=dim,
+        initializer_factor=1.0,
+        initializer_range=0.02,
+        intermediate_size=4 * dim,
+        layer_norm_eps=1e-5,
+        max_position_embeddings=77,
+        model_type='clip_text_model',
+        num_attention_heads=heads,
+        num_hidden_layers=depth,
+        **fields,
+    )
+
+
+# The ids of 1.x and 2.x are those of their files; 2 has come to mean the last token.
+OLD_IDS = dict(bos_token_id=0, eos_token_id=2, pad_token_id=1, vocab_size=49408)
+FULL_UNET = dict(layers_per_block=2, norm_num_groups=32, sample_size=64)
+FULL_VAE = dict(layers_per_block=2, norm_num_groups=32, scaling_factor=0.18215)
+FAMILIES = {
+    'tiny': dict(
+        unet=unet(
+            (64, 96),
+            layers_per_block=1,
+            norm_num_groups=16,
+            attention_head_dim=4,
+            cross_attention_dim=64,
+            use_linear_projection=True,
+            sample_size=8,
+        ),
+        vae=vae((16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=32),
+        text_encoder=text(64, 2, 2, hidden_act='gelu', projection_dim=64),
+    ),
+    'sd15': dict(
+        unet=unet(
+            (320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768, **FULL_UNET
+        ),
+        vae=vae((128, 256, 512, 512), sample_size=512, **FULL_VAE),
+        text_encoder=text(768, 12, 12, hidden_act='quick_gelu', projection_dim=768, **OLD_IDS),
+    ),
+    'sd21': dict(
+        unet=unet(
+            (320, 640, 1280, 1280),
+            attention_head_dim=[5, 10, 20, 20],
+            cross_attention_dim=1024,
+            use_linear_projection=True,
+            **FULL_UNET,
+        ),
+        vae=vae((128, 256, 512, 512), sample_size=768, **FULL_VAE),
+        text_encoder=text(1024, 23, 16, hidden_act='gelu', projection_dim=512, **OLD_IDS),
+    ),
+}
+SCHEDULER = dict(
+    _class_name='DDIMScheduler',
+    _diffusers_version=VERSION,
+    beta_end=0.012,
+    beta_schedule='scaled_linear',
+    beta_start=0.00085,
+    clip_sample=False,
+    num_train_timesteps=1000,
+    prediction_type='epsilon',
+    set_alpha_to_one=False,
+    steps_offset=1,
+    trained_betas=None,
+)
+INDEX = dict(
+    _class_name='StableDiffusionPipeline',
+    _diffusers_version=VERSION,
+    feature_extractor=[None, None],
+    image_encoder=[None, None],
+    requires_safety_checker=False,
+    safety_checker=[None, None],
+    scheduler=['diffusers', 'DDIMScheduler'],
+    text_encoder=['transformers', 'CLIPTextModel'],
+    tokenizer=['transformers', 'CLIPTokenizer'],
+    unet=['diffusers', 'UNet2DConditionModel'],
+    vae=['diffusers', 'AutoencoderKL'],
+)
+
+# Standard deviations by a parameter's path and its number of inputs (or of tokens); the first match
+# holds.
+Rules = tuple[tuple[str, Callable[[int], float | np.ndarray]], ...]
+RULES: Rules = (
+    (r'.*/embedding', lambda inputs: 0.02),
+    (r'.*/kernel', lambda inputs: inputs**-0.5),
+)
+TINY_RULES: dict[str, Rules] = {
+    # Every residual branch, and the output, begin at zero.
+    'unet': ((r'(.*/)?(conv2|proj_out|conv_out)/kernel', lambda inputs: 0.0),),
+    'vae': (),
+    # A caption is known by its words: they outweigh their places, and the padding (the last token)
+    # is so faint that its hidden states are what it attends to.
+    'text_encoder': (
+        (
+            r'.*/token_embedding/embedding',
+            lambda tokens: np.where(np.arange(tokens) < tokens - 1, 1.0, 0.3)[:, None],
+        ),
+        (r'.*/position_embedding/embedding', lambda inputs: 0.1),
+    ),
+}
+
+
+def make(
+    folder: str | Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: str = 'float32',
+    vae_steps: int = make_vae.STEPS,
+):
+    """Writes a whole pipeline; the folder is filled only when all of it is made.
+
+    Args:
+      folder: where to; it must not hold a pipeline yet.
+      family: one of FAMILIES.
+      seed: of all weights.
+      dtype: of the files: one of DTYPES.
+      vae_steps: of the training of the tiny VAE.
+
+    Raises:
+      UserError: for an unknown family or dtype, and a folder that holds a pipeline or cannot be
+        written.
+    """
+    for name, value, known in (('family', family, FAMILIES), ('dtype', dtype, DTYPES)):
+        if value not in known:
+            raise UserError(f'--{name}={value!r} is unknown: choose from {", ".join(known)}')
+    folder = writable('--out', folder)
+    found = [name for name in (*PARTS, 'tokenizer', 'model_index.json') if (folder / name).exists()]
+    if found:
+        raise UserError(
+            f'--out={str(folder)!r} holds {found[0]} already: remove it or choose another folder'
+        )
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.making_') as place:
+        place = Path(place)
+        tree = copy.deepcopy(FAMILIES[family])
+        config = tree['text_encoder']
+        size = write_tokenizer(place / 'tokenizer', config.get('vocab_size'))
+        if family == 'tiny':
+            ids = dict(bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1)
+            config |= dict(ids, vocab_size=size)
+        config['torch_dtype'] = dtype
+        rules = TINY_RULES if family == 'tiny' else {}
+        for i, (part, config) in enumerate(tree.items()):
+            rng = np.random.default_rng((seed, i))
+            arguments = getattr(options, part)(f'{part}/config.json', config)
+            module = draw(PARTS[part].module, arguments, rules.get(part, ()) + RULES, rng)
+            if family == 'tiny' and part == 'vae':
+                module, scale = make_vae.train(module, vae_steps, seed)
+                config['scaling_factor'] = scale
+            write_json(place / part / 'config.json', config)
+            path = place / part / f'{PARTS[part].stems[0]}.safetensors'
+            weights.save(cast(module, dtype), path)
+            logging.info('%s: %.1f million parameters', part, count(module) / 1e6)
+            del module
+        write_json(place / 'scheduler/scheduler_config.json', SCHEDULER)
+        write_json(place / 'model_index.json', INDEX)
+        for path in sorted(place.iterdir()):
+            path.rename(folder / path.name)
+
+
+def write_json(path: Path, tree: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=2, sort_keys=True) + '\n')
+
+
+def draw(module: type, arguments: dict, rules: Rules, rng: np.random.Generator) -> nnx.Module:
+    """A network with normal weights as the rules say; scales are one, biases zero.
+
+    Drawn by NumPy: the initialisers of flax compile a program for each shape.
+    """
+    abstract = nnx.eval_shape(lambda: module(**arguments, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(abstract, nnx.Param)
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        for pattern, deviation in rules:
+            if re.fullmatch(pattern, name):
+                x = rng.standard_normal(leaf.shape, np.float32)
+                x *= np.asarray(deviation(math.prod(leaf.shape[:-1])), np.float32)
+                return x
+        return np.full(leaf.shape, name.endswith('/scale'), np.float32)
+
+    params = jax.tree_util.tree_map_with_path(one, nnx.to_pure_dict(params))
+    return nnx.merge(graphdef, params)
+
+
+def cast(module: nnx.Module, dtype: str) -> nnx.Module:
+    graphdef, params = nnx.split(module, nnx.Param)
+    params = jax.tree.map(lambda x: np.asarray(x).astype(dtype, copy=False), params)
+    return nnx.merge(graphdef, params)
+
+
+def count(module: nnx.Module) -> int:
+    return sum(x.size for x in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def write_tokenizer(folder: Path, size: int | None) -> int:
+    """Byte-level pair encoding in which each word of a moving digits' caption is one token.
+
+    START and END are the last two of `size` tokens (what lies before them is never drawn), or
+    follow the others where it is None. Returns the size.
+    """
+    source = MovingDigits('train', frames=1)
+    captions = {source[i]['caption'] for i in range(CLIPS_READ)}
+    learnt = Tokenizer(models.BPE(end_of_word_suffix='</w>'))
+    learnt.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=10**6, min_frequency=1, end_of_word_suffix='</w>', show_progress=False
+    )
+    learnt.train_from_iterator(sorted(captions), trainer)
+    merges = json.loads(learnt.to_str())['model']['merges']
+    letters = byte_letters()
+    words = [*letters, *(f'{letter}</w>' for letter in letters), *map(''.join, merges)]
+    size = size or len(words) + 2
+    ids = {word: i for i, word in enumerate(words)} | {START: size - 2, END: size - 1}
+    write_json(
+        folder / 'tokenizer_config.json',
+        dict(
+            tokenizer_class='CLIPTokenizer',
+            model_max_length=77,
+            bos_token=START,
+            eos_token=END,
+            pad_token=END,
+            unk_token=END,
+        ),
+    )
+    (folder / 'vocab.json').write_text(json.dumps(ids))
+    lines = ['#version: 0.2', *map(' '.join, merges)]
+    (folder / 'merges.txt').write_text('\n'.join(lines) + '\n')
+    return size
+
+
+def byte_letters() -> list[str]:
+    """The letters that CLIP's vocabulary writes the 256 bytes with: themselves where they print."""
+    printing = [*range(ord('!'), ord('~') + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(b) for b in printing] + [chr(256 + i) for i in range(256 - len(printing))]
+
+
+def main():
+    # Defined here, so that other scripts can import `make` beside flags of their own.
+    out = flags.DEFINE_string('out', None, 'Folder to write')
+    family = flags.DEFINE_string('family', None, f'One of: {", ".join(FAMILIES)}')
+    seed = flags.DEFINE_integer('seed', 0, 'Of all weights')
+    dtype = flags.DEFINE_string('dtype', 'float32', f'Of the files: {", ".join(DTYPES)}')
+
+    def run():
+        for flag in (out, family):
+            if not flag.value:
+                raise UserError(f'--{flag.name} is missing: for example --out=DIR --family=tiny')
+        make(out.value, family.value, seed=seed.value, dtype=dtype.value)
+        logging.info('%s: %s is ready', family.value, out.value)
+
+    cli.run(run)
+
+
+if __name__ == '__main__':
+    main()
