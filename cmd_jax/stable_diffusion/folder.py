@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cmd_jax.diffusion import Process
@@ -200,13 +199,9 @@ def load(
     mesh = mesh or make_mesh()
     loaded = dict.fromkeys(PARTS)
     for part in parts:
-        about, given = PARTS[part], arguments(folder, part)
-
-        def make(about=about, given=given):
-            return about.module(**given, dtype=dtype, rngs=nnx.Rngs(0))
-
+        about = PARTS[part]
         loaded[part] = weights.load(
-            nnx.eval_shape(make),
+            weights.abstract(about.module, **arguments(folder, part), dtype=dtype),
             folder / place(folder, part),
             about.stems,
             about.renamed,

@@ -249,8 +249,7 @@ def draw(module: type, arguments: dict, rules: Rules, rng: np.random.Generator) 
 
     Drawn by NumPy: the initialisers of flax compile a program for each shape.
     """
-    abstract = nnx.eval_shape(lambda: module(**arguments, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(abstract, nnx.Param)
+    graphdef, params = nnx.split(weights.abstract(module, **arguments), nnx.Param)
 
     def one(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator='/')
