@@ -50,6 +50,7 @@ benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.stable_diffusion
 
 clean:  ## Removes .venv and every cache; runs/ stays.
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info

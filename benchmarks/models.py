@@ -10,7 +10,6 @@ the machine could do at that time.
 
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -79,23 +78,11 @@ def build(case: str):
     return forward, (params, *args), forward
 
 
-def matmul_peak(size: int = 4096, repeats: int = 5) -> float:
-    """GFLOP/s of a product of two float32 matrices."""
-    import jax
-
-    a = jax.random.normal(jax.random.key(0), (size, size))
-    product = jax.jit(lambda a: a @ a)
-    jax.block_until_ready(product(a))
-    started = time.time()
-    for _ in range(repeats):
-        jax.block_until_ready(product(a))
-    return repeats * 2e-9 * size**3 / (time.time() - started)
-
-
 def measure(case: str) -> dict:
     """Median seconds, peak memory of this process and model FLOPs of a case."""
     import jax
 
+    from benchmarks import timing
     from cmd_jax.models import flops
 
     function, args, forward = build(case)
@@ -119,14 +106,9 @@ def measure(case: str) -> dict:
         'peak_gb': memory,
         'model_tflop': count / 1e12,
         'gflops_per_second': count / statistics.median(times) / 1e9,
-        'matmul_gflops_per_second': matmul_peak(),
+        'matmul_gflops_per_second': timing.matmul_peak(),
         'remat': REMAT.value if case.startswith('autoencoder') else None,
-        'device': jax.devices()[0].device_kind,
-        'cores': os.cpu_count(),
-        'python': platform.python_version(),
-        'jax': jax.__version__,
-        'glibc_tunables': os.environ.get('GLIBC_TUNABLES'),
-        'date': time.strftime('%Y-%m-%d'),
+        **timing.machine(),
     }
 
 

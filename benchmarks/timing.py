@@ -1,5 +1,7 @@
-"""How the benchmarks time a function."""
+"""How the benchmarks time a function, and what they tell of the machine."""
 
+import os
+import platform
 import time
 
 import jax
@@ -20,4 +22,27 @@ def measure(fn, *args, seconds: float = 2.0) -> dict:
         'seconds': min(times),
         'gflops_per_second': flops.count(fn, *args).flops / min(times) / 1e9,
         'temporary_mb': compiled.memory_analysis().temp_size_in_bytes / 1e6,
+    }
+
+
+def matmul_peak(size: int = 4096, repeats: int = 5) -> float:
+    """GFLOP/s of a product of two float32 matrices."""
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    product = jax.jit(lambda a: a @ a)
+    jax.block_until_ready(product(a))
+    started = time.time()
+    for _ in range(repeats):
+        jax.block_until_ready(product(a))
+    return repeats * 2e-9 * size**3 / (time.time() - started)
+
+
+def machine() -> dict:
+    """What ran, and on what."""
+    return {
+        'device': jax.devices()[0].device_kind,
+        'cores': os.cpu_count(),
+        'python': platform.python_version(),
+        'jax': jax.__version__,
+        'glibc_tunables': os.environ.get('GLIBC_TUNABLES'),
+        'date': time.strftime('%Y-%m-%d'),
     }

@@ -15,8 +15,8 @@ from cmd_jax.data.moving_digits import CLASS_NAMES, DIRECTIONS, MovingDigits
 from cmd_jax.errors import UserError
 from cmd_jax.models import flops
 from cmd_jax.parallel.mesh import make_mesh
-from cmd_jax.stable_diffusion import folder as folders
-from cmd_jax.stable_diffusion import make_vae, options
+from cmd_jax.stable_diffusion import VAE, make_vae, options, weights
+from cmd_jax.stable_diffusion.folder import PARTS
 from cmd_jax.stable_diffusion.make import DTYPES, FAMILIES, make
 from tests.test_stable_diffusion import SD15_TEXT, SD15_UNET
 
@@ -36,8 +36,9 @@ def pipeline(tiny):
     return load(tiny)
 
 
-def load(folder):
-    return stable_diffusion.load(folder, mesh=make_mesh(devices=jax.devices()[:1]))
+def load(folder, **kwargs):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return stable_diffusion.load(folder, mesh=mesh, **kwargs)
 
 
 def draw(*shape, seed=0):
@@ -68,7 +69,7 @@ def test_tiny_is_small_and_begins_at_zero(pipeline):
 
 
 def test_vae_is_trained(pipeline):
-    """A few steps beat the best constant image; scaled training latents deviate by one."""
+    """A few steps beat the best constant image; latents are scaled as Stable Diffusion's are."""
     test = make_vae.frames(MovingDigits('test', frames=1), 0, 64)
     train = make_vae.frames(MovingDigits('train', frames=1), 0, 64)
     mean, _ = jax.jit(pipeline.vae.moments)(test)
@@ -76,7 +77,37 @@ def test_vae_is_trained(pipeline):
     assert error < 0.8 * np.mean((train.mean(0) - test) ** 2)
     mean, log_variance = jax.jit(pipeline.vae.moments)(train)
     latents = mean + np.exp(log_variance / 2) * draw(*mean.shape)
-    assert abs(pipeline.vae.scaling_factor * latents.std() - 1) < 0.05
+    assert pipeline.vae.scaling_factor == 0.18215
+    scaled = pipeline.vae.scaling_factor * latents
+    assert np.abs(scaled.mean((0, 1, 2))).max() < 0.1
+    assert np.abs(scaled.std((0, 1, 2)) - 1).max() < 0.05
+
+
+def test_latents_can_be_normalised():
+    """Any map of the latents: the same images come back, and both moments are mapped."""
+    module = weights.abstract(VAE, block_channels=(8, 8), groups=4, layers=1)
+    graphdef, params = nnx.split(module, nnx.Param)
+    random = np.random.RandomState(0)
+    params = jax.tree.map(lambda x: 0.3 * random.standard_normal(x.shape), params)
+    params = jax.tree.map(lambda x: x.astype(np.float32), nnx.to_pure_dict(params))
+    images, offset, scale = (
+        jnp.asarray(draw(2, 8, 8, 3)),
+        draw(4),
+        np.array([0.5, 1, 2, 3], np.float32),
+    )
+
+    @jax.jit
+    def run(params):
+        vae = nnx.merge(graphdef, params)
+        mean, log_variance = vae.moments(images)
+        return mean, log_variance, vae.decode(mean)
+
+    mean, log_variance, decoded = run(params)
+    make_vae.normalise(params, jnp.asarray(offset), jnp.asarray(scale))
+    mapped, mapped_variance, again = run(params)
+    np.testing.assert_allclose(mapped, (mean - offset) / scale, atol=1e-4)
+    np.testing.assert_allclose(mapped_variance, log_variance - 2 * np.log(scale), atol=1e-4)
+    np.testing.assert_allclose(again, decoded, atol=1e-4 * np.abs(decoded).max())
 
 
 def test_words_of_captions_are_tokens(pipeline, captions):
@@ -116,7 +147,7 @@ def test_captions_are_told_apart(pipeline, captions):
 def test_published_sizes():
     """2.1 is our networks' default, whose parameters test_stable_diffusion counts."""
     others = {'unet': SD15_UNET, 'text_encoder': SD15_TEXT}
-    for part, about in folders.PARTS.items():
+    for part, about in PARTS.items():
         signature = inspect.signature(about.module.__init__).parameters.values()
         default = {p.name: p.default for p in signature if p.name not in NOT_READ}
         for family, changes in (('sd21', {}), ('sd15', others.get(part, {}))):
@@ -126,7 +157,7 @@ def test_published_sizes():
 
 def test_seeds_and_half_precision(tiny, tmp_path, monkeypatch):
     """The same seed gives the same networks, rounded to what the files keep."""
-    monkeypatch.setattr(make_vae, 'train', lambda vae, steps, seed: (vae, 1.0))
+    monkeypatch.setattr(make_vae, 'train', lambda vae, steps, seed: vae)
     make(tmp_path / 'again', 'tiny', dtype='bfloat16')
     make(tmp_path / 'other', 'tiny', seed=1)
 
@@ -134,8 +165,10 @@ def test_seeds_and_half_precision(tiny, tmp_path, monkeypatch):
         return safetensors.numpy.load_file(folder / name)
 
     name = 'text_encoder/model.safetensors'
-    again, other, first = (load(f) for f in (tmp_path / 'again', tmp_path / 'other', tiny))
-    for part in ('unet', 'text_encoder'):
+    parts = ('unet', 'text_encoder')
+    folders = (tmp_path / 'again', tmp_path / 'other', tiny)
+    again, other, first = (load(folder, parts=parts) for folder in folders)
+    for part in parts:
         a, b, c = (
             nnx.to_pure_dict(nnx.state(getattr(p, part), nnx.Param)) for p in (again, first, other)
         )

@@ -1,0 +1,174 @@
+"""Loading Stable Diffusion 2.1 and one call of its U-Net: time and memory at full size.
+
+    python -m benchmarks.stable_diffusion [--out=benchmarks/results/stable_diffusion_cpu.json]
+
+The folder is made with random weights: 5.2 GB under .cache, removed at the end. Each case runs in a
+process of its own, whose peak memory (VmHWM: Linux only) is told beside what it held before. The
+files are in the page cache: reading them from a cold disk takes as long as the disk needs. On a CPU
+the parameters themselves count: all three parts in float32 are 1.5 times the largest.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
+FOLDER = flags.DEFINE_string('folder', '.cache/benchmark_sd21', 'Made if it is not there')
+KEEP = flags.DEFINE_bool('keep', False, 'Leave the folder for the next time')
+OUT = flags.DEFINE_string('out', None, 'JSON file')
+REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed runs; the median is told')
+
+# What is loaded: (parts, dtype that their parameters are kept in), in turn.
+TEXT_VAE = ('text_encoder', 'vae')
+LOADS = {
+    'load U-Net': [(('unet',), 'float32')],
+    'load VAE': [(('vae',), 'float32')],
+    'load VAE in bfloat16': [(('vae',), 'bfloat16')],
+    'load text encoder': [(('text_encoder',), 'float32')],
+    'load text encoder in bfloat16': [(('text_encoder',), 'bfloat16')],
+    'load all': [(('unet', *TEXT_VAE), 'float32')],
+    'load all, frozen parts in bfloat16': [(('unet',), 'float32'), (TEXT_VAE, 'bfloat16')],
+}
+FORWARD = 'U-Net forward, 64 x 128 latents'
+SIZE, TOKENS = (64, 128), 77
+TARGETS = {FORWARD: 'seconds <= 20'} | {
+    case: 'seconds <= 60, added <= 1.3 x largest part' for case in LOADS
+}
+
+
+def status(field: str) -> float:
+    """GB of a field of this process's status."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
+
+
+def load(case: str) -> dict:
+    import jax
+    from flax import nnx
+
+    from cmd_jax import stable_diffusion
+
+    jax.devices()
+    before, started, held = status('VmHWM'), time.time(), {}
+    for parts, dtype in LOADS[case]:
+        loaded = stable_diffusion.load(FOLDER.value, parts=parts, param_dtype=dtype)
+        held |= {part: jax.block_until_ready(nnx.state(getattr(loaded, part))) for part in parts}
+    seconds, peak = time.time() - started, status('VmHWM')
+    leaves = {part: jax.tree.leaves(state) for part, state in held.items()}
+    sizes = [sum(x.nbytes for x in tree) / 1e9 for tree in leaves.values()]
+    return {
+        'times': [seconds],
+        'before_gb': before,
+        'peak_gb': peak,
+        'added_gb': peak - before,
+        'parameters_gb': sum(sizes),
+        'added_over_largest_part': (peak - before) / max(sizes),
+        'parameters': {part: sum(x.size for x in tree) for part, tree in leaves.items()},
+    }
+
+
+def forward() -> dict:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from benchmarks import timing
+    from cmd_jax import stable_diffusion
+    from cmd_jax.models import flops
+
+    jax.devices()
+    before = status('VmHWM')
+    graphdef, params = nnx.split(stable_diffusion.load(FOLDER.value, parts=['unet']).unet)
+    x = jax.random.normal(jax.random.key(0), (1, *SIZE, 4))
+    text = jax.random.normal(jax.random.key(1), (1, TOKENS, 1024))
+    args = (params, x, jnp.array([500.0]), text)
+
+    def call(params, *args):
+        return nnx.merge(graphdef, params)(*args)
+
+    started = time.time()
+    compiled = jax.jit(call).lower(*args).compile()
+    compile_seconds, times = time.time() - started, []
+    jax.block_until_ready(compiled(*args))
+    for _ in range(REPEATS.value):
+        started = time.time()
+        jax.block_until_ready(compiled(*args))
+        times.append(time.time() - started)
+    peak, count = status('VmHWM'), flops.count(call, *args).flops
+    size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
+    return {
+        'times': times,
+        'compile_seconds': compile_seconds,
+        'before_gb': before,
+        'peak_gb': peak,
+        'added_gb': peak - before,
+        'parameters_gb': size,
+        'added_over_largest_part': (peak - before) / size,
+        'model_tflop': count / 1e12,
+        'gflops_per_second': count / statistics.median(times) / 1e9,
+        'matmul_gflops_per_second': timing.matmul_peak(),
+    }
+
+
+def run_case(case: str) -> dict:
+    """A case in a process of its own, with the machine's load before it."""
+    command = [sys.executable, '-m', 'benchmarks.stable_diffusion', f'--case={case}']
+    command += [f'--folder={FOLDER.value}', f'--repeats={REPEATS.value}']
+    average = os.getloadavg()[0]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return {'load_average': average} | json.loads(done.stdout.splitlines()[-1])
+
+
+def collect(case: str) -> dict:
+    """A load is repeated in fresh processes, the forward pass in one. The highest peak is told."""
+    runs = [run_case(case) for _ in range(REPEATS.value if case in LOADS else 1)]
+    row = max(runs, key=lambda run: run['peak_gb'])
+    times = [seconds for run in runs for seconds in run.pop('times')]
+    return {
+        'case': case,
+        'target': TARGETS[case],
+        'seconds': statistics.median(times),
+        'seconds_spread': [min(times), max(times)],
+        **row,
+    }
+
+
+def main(_):
+    if CASE.value:
+        from benchmarks import timing
+
+        row = forward() if CASE.value == FORWARD else load(CASE.value)
+        print(json.dumps(row | timing.machine()))
+        return
+    folder, rows = Path(FOLDER.value), []
+    try:
+        if not (folder / 'model_index.json').exists():
+            make = [sys.executable, '-m', 'cmd_jax.stable_diffusion.make', '--family=sd21']
+            subprocess.run([*make, f'--out={folder}'], check=True)
+        for case in TARGETS:
+            rows.append(row := collect(case))
+            print(
+                f'{case:34} {row["seconds"]:6.2f} s  peak {row["peak_gb"]:.2f} GB, '
+                f'{row["added_gb"]:.2f} of them for {row["parameters_gb"]:.2f} GB of parameters '
+                f'({row["added_over_largest_part"]:.2f} x largest part)   target: {row["target"]}',
+                flush=True,
+            )
+    finally:
+        if not KEEP.value:
+            shutil.rmtree(folder, ignore_errors=True)
+    if OUT.value:
+        os.makedirs(os.path.dirname(OUT.value) or '.', exist_ok=True)
+        with open(OUT.value, 'w') as f:
+            json.dump(rows, f, indent=2)
+            f.write('\n')
+
+
+if __name__ == '__main__':
+    app.run(main)
