@@ -5,7 +5,8 @@
   tiny  for trying out on moving digits, 32 x 32, on a CPU. Its VAE is trained (a minute on two
         cores), its text encoder is random and frozen but tells captions apart, its U-Net is at the
         start of a training.
-  sd15, sd21  the sizes of Stable Diffusion 1.5 and 2.1-base, for measuring time and memory.
+  sd15, sd21  the sizes of Stable Diffusion 1.5 and 2.1-base, for measuring time and memory: 4.3
+        and 5.2 GB of files in float32, 7 GB of memory while they are made.
 
 diffusers and transformers load what is written here, as does `stable_diffusion.load`. The tokenizer
 has the words of the moving digits' captions, and spells all others by letters.
@@ -228,8 +229,8 @@ def make(
             if family == 'tiny' and part == 'vae':
                 module = make_vae.train(module, vae_steps, seed)
             write_json(place / part / 'config.json', config)
-            path = place / part / f'{PARTS[part].stems[0]}.safetensors'
-            weights.save(cast(module, dtype), path)
+            module = cast(module, dtype)
+            weights.save(module, place / part / f'{PARTS[part].stems[0]}.safetensors')
             logging.info('%s: %.1f million parameters', part, count(module) / 1e6)
             del module
         write_json(place / 'scheduler/scheduler_config.json', SCHEDULER)
