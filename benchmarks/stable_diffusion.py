@@ -20,8 +20,8 @@ from pathlib import Path
 from absl import app, flags
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
-FOLDER = flags.DEFINE_string('folder', '.cache/benchmark_sd21', 'Made if it is not there')
-KEEP = flags.DEFINE_bool('keep', False, 'Leave the folder for the next time')
+FOLDER = flags.DEFINE_string('folder', '.cache/benchmark_sd21', 'Made and removed if not there')
+KEEP = flags.DEFINE_bool('keep', False, 'Leave the folder that was made')
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed runs; the median is told')
 
@@ -148,8 +148,9 @@ def main(_):
         print(json.dumps(row | timing.machine()))
         return
     folder, rows = Path(FOLDER.value), []
+    made = not folder.exists()  # nothing else may be removed
     try:
-        if not (folder / 'model_index.json').exists():
+        if made:
             make = [sys.executable, '-m', 'cmd_jax.stable_diffusion.make', '--family=sd21']
             subprocess.run([*make, f'--out={folder}'], check=True)
         for case in TARGETS:
@@ -161,7 +162,7 @@ def main(_):
                 flush=True,
             )
     finally:
-        if not KEEP.value:
+        if made and not KEEP.value:
             shutil.rmtree(folder, ignore_errors=True)
     if OUT.value:
         os.makedirs(os.path.dirname(OUT.value) or '.', exist_ok=True)
