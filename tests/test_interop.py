@@ -6,8 +6,7 @@ import pytest
 
 from cmd_jax import interop
 from cmd_jax.errors import UserError
-
-pytestmark = pytest.mark.parity
+from tests.state_dicts import autoencoder_dict, dit_dict
 
 
 @pytest.fixture(scope='module')
@@ -29,9 +28,10 @@ def check(ours, theirs, tolerance=1e-4):
     assert error < tolerance
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize('output', ['sigmoid', 'linear'])
 def test_autoencoder(reference, output):
-    state_dict = reference.autoencoder_dict(channels=3 if output == 'sigmoid' else 4)
+    state_dict = autoencoder_dict(channels=3 if output == 'sigmoid' else 4)
     sizes = dict(frames=3, height=8, width=16)
     model = interop.load_nvlabs_autoencoder(state_dict, **sizes, output=output)
     video = np.tanh(draw(2, 3, 8, 16, model.channels))
@@ -42,8 +42,9 @@ def test_autoencoder(reference, output):
     check(jax.jit(model)(video), out)
 
 
+@pytest.mark.parity
 def test_motion_dit(reference):
-    state_dict = reference.dit_dict(channels=5, tokens=2 * 6, content=(8, 3, 4))
+    state_dict = dit_dict(channels=5, tokens=2 * 6, content=(8, 3, 4))
     model = interop.load_nvlabs_motion_dit(
         state_dict, frames=4, tokens=12, content_size=(8, 16), heads=6
     )
@@ -53,8 +54,9 @@ def test_motion_dit(reference):
     check(jax.jit(model)(z, t, content), theirs)
 
 
+@pytest.mark.parity
 def test_sizes_of_a_motion_dit_are_read_off(reference):
-    state_dict = reference.dit_dict(dim=384, depth=1, channels=8, tokens=64, content=(16, 3, 4))
+    state_dict = dit_dict(dim=384, depth=1, channels=8, tokens=64, content=(16, 3, 4))
     model = interop.load_nvlabs_motion_dit(state_dict)
     assert (2 * model.rows, 2 * model.columns) == (16, 16)
     content, z = draw(1, 16, 16, 3), draw(1, 16, 16, 8)
@@ -62,19 +64,20 @@ def test_sizes_of_a_motion_dit_are_read_off(reference):
     check(out, reference.dit(state_dict, z, np.zeros(1, np.float32), 6, content=content))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize('load', [interop.load_dit, interop.load_nvlabs_content_dit])
 def test_content_dit(reference, load):
-    state_dict = reference.dit_dict(tokens=24, classes=10)
+    state_dict = dit_dict(tokens=24, classes=10)
     model = load(state_dict, height=8, width=12, heads=6)
     x, t, label = draw(2, 8, 12, 4), np.array([0.0, 700.0], np.float32), np.array([3, 10])
     check(jax.jit(model)(x, t, label), reference.dit(state_dict, x, t, 6, label=label))
-    square = reference.dit_dict(dim=384, depth=1, tokens=16, classes=3)
+    square = dit_dict(dim=384, depth=1, tokens=16, classes=3)
     assert (load(square).rows, load(square).columns) == (4, 4)
 
 
-def test_a_motion_latent_of_the_authors_is_ours(reference):
+def test_a_motion_latent_of_the_authors_is_ours():
     """A wider than high video: the width part comes first."""
-    state_dict = reference.autoencoder_dict()
+    state_dict = autoencoder_dict()
     model = interop.load_nvlabs_autoencoder(state_dict, frames=2, height=4, width=12)
     assert (model.columns, model.rows) == (3, 1)
 
@@ -101,8 +104,8 @@ def spoiled(state_dict, spoil):
         (lambda d: d.pop('to_logit.1.weight'), ['no to_logit.1.weight', 'another network']),
     ],
 )
-def test_what_does_not_fit_is_listed(reference, spoil, words):
-    state_dict = spoiled(reference.autoencoder_dict(), spoil)
+def test_what_does_not_fit_is_listed(spoil, words):
+    state_dict = spoiled(autoencoder_dict(), spoil)
     with pytest.raises(UserError) as e:
         interop.load_nvlabs_autoencoder(state_dict, frames=2, height=8, width=8)
     for word in words:
@@ -111,6 +114,6 @@ def test_what_does_not_fit_is_listed(reference, spoil, words):
     assert not listed or len(listed.split(', ')) == 10, 'the first ten are named'
 
 
-def test_heads_of_an_unusual_width(reference):
+def test_heads_of_an_unusual_width():
     with pytest.raises(UserError, match='heads: a network of width 96'):
-        interop.load_dit(reference.dit_dict(classes=3))
+        interop.load_dit(dit_dict(classes=3))

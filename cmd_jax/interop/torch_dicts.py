@@ -24,6 +24,7 @@ from cmd_jax.models.motion import MotionDiT
 LISTED = 10  # names in an error message
 HEADS = 8  # of the authors' autoencoder, whatever its width
 UNUSED = r'(encoder|decoder)\.(frame_rot_emb\.inv_freqs|image_rot_emb\.scales)'
+LABELS = 'y_embedder.embedding_table.weight'
 
 StateDict = Mapping[str, np.ndarray]
 
@@ -106,13 +107,20 @@ def load_nvlabs_autoencoder(
     Raises:
       UserError: for names that are missing, left over, or of another shape.
     """
-    state_dict = {k: v for k, v in state_dict.items() if not re.fullmatch(UNUSED, k)}
+    settings = autoencoder_settings(state_dict)
+    settings |= dict(frames=frames, height=height, width=width, position='none', output=output)
+
+    def make():
+        return VideoAutoencoder(**settings, dtype=dtype, rngs=nnx.Rngs(0))
+
+    return build(make, state_dict, autoencoder_table(settings['patch']), 'autoencoder')
+
+
+def autoencoder_settings(state_dict: StateDict) -> dict:
+    """Sizes of the autoencoder, by the names of VideoAutoencoder's arguments."""
     dim, channels, patch, _ = shape(state_dict, 'to_logit.1.weight', 4)
     inner = shape(state_dict, 'encoder.layers.0.0.fn.qkv.weight', 2)[0] // 3
-    settings = dict(
-        frames=frames,
-        height=height,
-        width=width,
+    return dict(
         channels=channels,
         patch=patch,
         dim=dim,
@@ -120,9 +128,11 @@ def load_nvlabs_autoencoder(
         heads=HEADS,
         head_dim=inner // HEADS,
         motion_channels=shape(state_dict, 'pre_xt.weight', 4)[0],
-        position='none',
-        output=output,
     )
+
+
+def autoencoder_table(patch: int) -> list[tuple]:
+    """The rows of the autoencoder."""
     attention = [
         *layer('{}/qkv', '{}.fn.qkv', by_head(HEADS), by_head(HEADS)),
         *layer('{}/out', '{}.fn.proj'),
@@ -146,11 +156,7 @@ def load_nvlabs_autoencoder(
     ]
     for side in ('encoder', 'decoder'):
         table += stacked(f'{side}/blocks', f'{side}.layers.{{}}', block)
-
-    def make():
-        return VideoAutoencoder(**settings, dtype=dtype, rngs=nnx.Rngs(0))
-
-    return fill(make, state_dict, table, 'autoencoder')
+    return table
 
 
 def dit_trunk(heads: int) -> list[tuple]:
@@ -173,14 +179,34 @@ def dit_trunk(heads: int) -> list[tuple]:
     ]
 
 
+def content_table(heads: int) -> list[tuple]:
+    """The rows of a DiT with classes."""
+    return [
+        *dit_trunk(heads),
+        ('label_embed/embedding', LABELS, same),
+    ]
+
+
+def motion_table(heads: int) -> list[tuple]:
+    """The rows of the authors' motion network."""
+    return [
+        *dit_trunk(heads),
+        *layer('content_embed', 'keyframe_embedder.proj', patch_conv),
+        ('content_positions/position', 'keyframe_pos_embed', row),
+    ]
+
+
+def usual_heads(dim: int) -> int | None:
+    """Attention heads of the usual size of that width, if there is one."""
+    return {size['dim']: size['heads'] for size in SIZES.values()}.get(dim)
+
+
 def dit_settings(state_dict: StateDict, heads: int | None) -> dict:
-    """Sizes of either diffusion transformer."""
+    """Sizes of either diffusion transformer, by the names of its arguments."""
     dim, channels, patch, _ = shape(state_dict, 'x_embedder.proj.weight', 4)
+    heads = heads or usual_heads(dim)
     if heads is None:
-        usual = {size['dim']: size['heads'] for size in SIZES.values()}
-        if dim not in usual:
-            raise UserError(f'heads: a network of width {dim} is of no usual size; give its heads')
-        heads = usual[dim]
+        raise UserError(f'heads: a network of width {dim} is of no usual size; give its heads')
     if dim % heads:
         raise UserError(f'heads={heads} do not divide the width {dim}')
     out = shape(state_dict, 'final_layer.linear.weight', 2)[0]
@@ -230,16 +256,11 @@ def load_nvlabs_motion_dit(
         content_size=(*content_size, content_channels),
         content_patch=content_patch,
     )
-    table = [
-        *dit_trunk(settings['heads']),
-        *layer('content_embed', 'keyframe_embedder.proj', patch_conv),
-        ('content_positions/position', 'keyframe_pos_embed', row),
-    ]
 
     def make():
         return MotionDiT(**settings, dtype=dtype, rngs=nnx.Rngs(0))
 
-    return fill(make, state_dict, table, 'motion DiT')
+    return build(make, state_dict, motion_table(settings['heads']), 'motion DiT')
 
 
 def load_dit(
@@ -271,17 +292,13 @@ def load_dit(
     settings |= dict(
         height=height,
         width=width,
-        num_classes=shape(state_dict, 'y_embedder.embedding_table.weight', 2)[0] - 1,
+        num_classes=classes(state_dict),
     )
-    table = [
-        *dit_trunk(settings['heads']),
-        ('label_embed/embedding', 'y_embedder.embedding_table.weight', same),
-    ]
 
     def make():
         return ContentDiT(**settings, dtype=dtype, rngs=nnx.Rngs(0))
 
-    return fill(make, state_dict, table, 'DiT')
+    return build(make, state_dict, content_table(settings['heads']), 'DiT')
 
 
 # The authors' content network is DiT's own.
@@ -298,6 +315,11 @@ def shape(state_dict: StateDict, name: str, ndim: int) -> tuple[int, ...]:
     return found
 
 
+def classes(state_dict: StateDict) -> int:
+    """Number of classes of a DiT; the last row of its table is for none."""
+    return shape(state_dict, LABELS, 2)[0] - 1
+
+
 def depth(state_dict: StateDict, pattern: str) -> int:
     """Number of blocks."""
     found = [int(m[1]) for name in state_dict if (m := re.fullmatch(pattern, name))]
@@ -306,12 +328,22 @@ def depth(state_dict: StateDict, pattern: str) -> int:
     return max(found) + 1
 
 
-def fill(make: Callable[[], nnx.Module], state_dict: StateDict, table: list, what: str):
+def build(make: Callable[[], nnx.Module], state_dict: StateDict, table: list, what: str):
     """The module with the arrays that the table names."""
     graphdef, params = nnx.split(nnx.eval_shape(make), nnx.Param)
-    params = nnx.to_pure_dict(params)
+    params = fill(nnx.to_pure_dict(params), state_dict, table, what)
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
+
+
+def fill(params: dict, state_dict: StateDict, table: list, what: str) -> dict:
+    """A tree of shapes, filled with the arrays that the table names, as float32.
+
+    Raises:
+      UserError: for names that are missing, left over or of another shape.
+    """
     rows = {ours: (theirs, convert) for ours, theirs, convert in table}
-    missing, wrong, left = [], [], set(state_dict)
+    missing, wrong = [], []
+    left = {name for name in state_dict if not re.fullmatch(UNUSED, name)}
 
     def one(name, convert, expected):
         if name not in state_dict:
@@ -347,4 +379,4 @@ def fill(make: Callable[[], nnx.Module], state_dict: StateDict, table: list, wha
     ]
     if problems:
         raise UserError(f'the state dict does not fit the {what}: {"; ".join(problems)}')
-    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, filled))
+    return filled

@@ -2,7 +2,7 @@
 
 `train` is what training needs to go on (parameters, optimizer, counters), `model` what sampling
 needs (the averaged parameters and, for the motion stage, the statistics of the motion latent),
-`data` the position in the training data.
+`data` the position in the training data (an imported network has none).
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from pathlib import Path
 import grain
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import path_name
@@ -42,20 +43,22 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, state: TrainState, statistics: dict | None, data):
-        """Saves in the background; `data` is the Grain iterator of the training data."""
+        """Saves in the background; `data` is the Grain iterator of the training data, or None."""
         train = {k.name: getattr(state, k.name) for k in dataclasses.fields(state)}
         model = {'ema': train.pop('ema')} | ({'statistics': statistics} if statistics else {})
-        items = ocp.args.Composite(
-            train=ocp.args.StandardSave(train),
-            model=ocp.args.StandardSave(model),
-            data=grain.checkpoint.CheckpointSave(data),
-        )
-        self.manager.save(int(state.step), args=items, force=True)
+        items = {
+            'train': ocp.args.StandardSave(train),
+            'model': ocp.args.StandardSave(model),
+        }
+        if data is not None:
+            items['data'] = grain.checkpoint.CheckpointSave(data)
+        self.manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
 
     def restore(self, state: TrainState, statistics: dict | None, data):
         """The newest checkpoint as (state, statistics), given their ShapeDtypeStructs.
 
-        Arrays land on the shardings asked for; the iterator `data` moves to its stored position.
+        Arrays land on the shardings asked for; the iterator `data` moves to its stored position, or
+        stays at its beginning where none is stored.
 
         Raises:
           UserError: if the stored arrays have other names or shapes.
@@ -63,12 +66,15 @@ class Checkpoints:
         train = {k.name: getattr(state, k.name) for k in dataclasses.fields(state)}
         model = {'ema': train.pop('ema')} | ({'statistics': statistics} if statistics else {})
         self._check('train', train)
-        items = ocp.args.Composite(
-            train=ocp.args.StandardRestore(train),
-            model=ocp.args.StandardRestore(model),
-            data=grain.checkpoint.CheckpointRestore(data),
-        )
-        out = self.manager.restore(self.latest, args=items)
+        items = {
+            'train': ocp.args.StandardRestore(train),
+            'model': ocp.args.StandardRestore(model),
+        }
+        if (self.folder / str(self.latest) / 'data').exists():
+            items['data'] = grain.checkpoint.CheckpointRestore(data)
+        else:
+            logging.info('%s holds no position in the data: from its beginning', self.folder)
+        out = self.manager.restore(self.latest, args=ocp.args.Composite(**items))
         return TrainState(**out['train'], ema=out['model']['ema']), out['model'].get('statistics')
 
     def restore_model(self, model: dict) -> dict:
