@@ -14,6 +14,7 @@ last two independently of each other, and sampled one after the other:
     sampling      the two draws: content frame, motion latent
     generate      Generator: the three trained parts -> new videos
     video         uint8 <-> float, files, grids
+    memory        the most that this process has held
 
 Video is [b t h w c], float in [-1, 1] inside and uint8 where it is read or written.
 """

@@ -66,9 +66,10 @@ def enlarge(image: Float[np.ndarray, '8 8'], size: int) -> Float[np.ndarray, 'p 
     return np.asarray(patch).clip(0, 1)  # bicubic overshoots at edges
 
 
-def caption(name: str, direction: str) -> str:
-    """'an eight moving up and left'."""
-    return f'{"an" if name == "eight" else "a"} {name} moving {direction}'
+def caption(label: int, direction: int) -> str:
+    """What a clip of a digit shows, in words; `direction` is an index of DIRECTIONS."""
+    article = 'an' if CLASS_NAMES[label] == 'eight' else 'a'
+    return f'{article} {CLASS_NAMES[label]} moving {DIRECTIONS[direction]}'
 
 
 class MovingDigits:
@@ -86,7 +87,11 @@ class MovingDigits:
 
     name = 'moving_digits'
     class_names = list(CLASS_NAMES)
-    captions = sorted(itertools.starmap(caption, itertools.product(CLASS_NAMES, DIRECTIONS)))
+    captions = sorted(
+        itertools.starmap(
+            caption, itertools.product(range(len(CLASS_NAMES)), range(len(DIRECTIONS)))
+        )
+    )
 
     def __init__(
         self,
@@ -145,11 +150,11 @@ class MovingDigits:
         rows = tent(path[:, 0], self._height, len(patch))
         columns = tent(path[:, 1], self._width, len(patch))
         grey = np.rint(255 * (rows @ patch @ columns.swapaxes(1, 2))).astype(np.uint8)
-        direction = DIRECTIONS[round(angle / (np.pi / 4)) % 8]
+        direction = round(angle / (np.pi / 4)) % len(DIRECTIONS)
         return {
             'video': np.repeat(grey[..., None], 3, axis=-1),
             'label': np.int32(label),
-            'caption': caption(CLASS_NAMES[label], direction),
+            'caption': caption(int(label), direction),
             'index': np.int64(i),
         }
 

@@ -2,14 +2,14 @@
 
 import json
 import math
-import resource
-import sys
 import time
 from pathlib import Path
 
 import jax
 from absl import logging
 from tqdm import tqdm
+
+from cmd_jax.memory import peak_memory_gb
 
 # Dense bfloat16 peak of one chip in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -38,12 +38,6 @@ def read(path: Path) -> list[dict]:
             # The process was killed while it wrote the line.
             break
     return records
-
-
-def peak_memory_gb() -> float:
-    """Most memory that this process has held so far, on the host."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == 'darwin' else 1e9 / 1024)
 
 
 class Metrics:
