@@ -1,6 +1,8 @@
 """Samples new videos from a run.
 
     python sample.py --workdir=runs/ucf101 --labels=3,17 --num_videos=8 --steps=50 --guidance=4
+    python sample.py --workdir=runs/t2v --prompt="a teddy bear skating in Times Square"
+    python sample.py --workdir=runs/t2v --image=picture.jpg --prompt="waves on a beach"
 
 Writes to --out: one mp4 a video, grid.mp4, grid.gif, frames.png (a row a video) and samples.json.
 """
@@ -16,13 +18,21 @@ from cmd_jax.errors import UserError, writable
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run: where train.py wrote')
 OUT = flags.DEFINE_string('out', None, 'Folder of the videos; default WORKDIR/samples')
 LABELS = flags.DEFINE_list('labels', None, 'Classes, by number or name; default: the first ones')
-NUM_VIDEOS = flags.DEFINE_integer('num_videos', None, 'Default: one a label, or 8', lower_bound=1)
+PROMPT = flags.DEFINE_multi_string('prompt', None, 'For runs on text; may be given several times')
+NEGATIVE_PROMPT = flags.DEFINE_string('negative_prompt', '', 'What guidance leads away from')
+IMAGE = flags.DEFINE_string('image', None, 'A picture to animate, as the content frame')
+NUM_VIDEOS = flags.DEFINE_integer(
+    'num_videos', None, 'Default: one a label or prompt, or 8', lower_bound=1
+)
 SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same videos')
 SAMPLER = flags.DEFINE_string('sampler', None, 'ddim or ddpm; default: of the config')
 STEPS = flags.DEFINE_integer('steps', None, 'Default: of the config', lower_bound=1)
 GUIDANCE = flags.DEFINE_float('guidance', None, '1: none; default: of the config')
 MOTION_STEPS = flags.DEFINE_integer('motion_steps', None, 'Default: --steps', lower_bound=1)
 MOTION_GUIDANCE = flags.DEFINE_float('motion_guidance', None, 'Default: --guidance')
+STABLE_DIFFUSION = flags.DEFINE_string(
+    'stable_diffusion', None, 'Folder of the pretrained image model, if it has moved'
+)
 BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Videos at a time', lower_bound=1)
 FPS = flags.DEFINE_integer('fps', 8, 'Frames per second of the files', lower_bound=1)
 
@@ -33,9 +43,8 @@ def main():
     import cmd_jax
     from cmd_jax import video
 
-    generator = cmd_jax.load(WORKDIR.value)
-    labels = LABELS.value and [number(label, generator.class_names) for label in LABELS.value]
-    drawn = generator.check_labels(labels, NUM_VIDEOS.value or (len(labels) if labels else 8))
+    generator = cmd_jax.load(WORKDIR.value, stable_diffusion=STABLE_DIFFUSION.value)
+    about = drawn(generator)
     settings = dict(
         sampler=SAMPLER.value,
         steps=STEPS.value,
@@ -45,29 +54,63 @@ def main():
     )
     options = generator.options(**settings)
     out = writable('--out', OUT.value or Path(WORKDIR.value) / 'samples')
-    drawn = [int(label) for label in drawn]
-    videos = generator(
-        drawn if generator.class_names else None,
-        num_videos=len(drawn),
-        seed=SEED.value,
-        batch_size=BATCH_SIZE.value,
-        **settings,
+    labels = [a['label'] for a in about] if generator.class_names else None
+    prompts = [a['prompt'] for a in about] if generator.text else None
+    common = dict(
+        negative_prompt=NEGATIVE_PROMPT.value, seed=SEED.value, batch_size=BATCH_SIZE.value
     )
+    if IMAGE.value:
+        image = video.read(IMAGE.value)[0]
+        videos = generator.animate(
+            image=image,
+            n=len(about),
+            label=labels and labels[0],
+            prompt=prompts and prompts[0],
+            sampler=SAMPLER.value,
+            **{k: options['motion'][k] for k in ('steps', 'guidance')},
+            **common,
+        )
+    else:
+        videos = generator(labels, prompt=prompts, num_videos=len(about), **settings, **common)
     scale = max(1, 128 // videos.shape[2])
-    record = {'seed': SEED.value, **options, 'checkpoint_steps': generator.steps, 'videos': []}
-    for i, (clip, label) in enumerate(zip(videos, drawn, strict=True)):
+    used = {
+        stage: {name: asked[name] for name in ('sampler', 'steps', 'guidance')}
+        for stage, asked in options.items()
+    }
+    record = {'seed': SEED.value, **used, 'checkpoint_steps': generator.steps, 'videos': []}
+    if generator.text:
+        record['negative_prompt'] = NEGATIVE_PROMPT.value
+    for i, (clip, entry) in enumerate(zip(videos, about, strict=True)):
         name = f'{i:04d}.mp4'
         video.write(out / name, clip, fps=FPS.value, scale=scale)
-        entry = {'file': name}
-        if generator.class_names:
-            entry |= {'label': label, 'class': generator.class_names[label]}
-        record['videos'].append(entry)
+        record['videos'].append({'file': name} | entry)
     grid = video.grid(videos)
     video.write(out / 'grid.mp4', grid, fps=FPS.value, scale=scale)
     video.write(out / 'grid.gif', grid, fps=FPS.value, scale=scale)
     video.write_image(out / 'frames.png', video.filmstrip(videos), scale=scale)
     (out / 'samples.json').write_text(json.dumps(record, indent=2) + '\n')
     logging.info('%d videos in %s', len(videos), out)
+
+
+def drawn(generator) -> list[dict]:
+    """What is asked for, video by video: {'prompt'}, {'label', 'class'} or nothing."""
+    from cmd_jax.conditions import check_prompts
+
+    asked = PROMPT.value if generator.text else LABELS.value
+    count = NUM_VIDEOS.value or len(asked or ()) or 8
+    if IMAGE.value and len(asked or ()) > 1:
+        raise UserError('--image: one picture takes one prompt or label')
+    if generator.text:
+        if LABELS.value:
+            raise UserError('--labels: this run takes --prompt instead')
+        return [{'prompt': prompt} for prompt in check_prompts(PROMPT.value, count)]
+    if PROMPT.value or NEGATIVE_PROMPT.value:
+        raise UserError('--prompt: this run is not conditioned on text')
+    labels = asked and [number(label, generator.class_names) for label in asked]
+    labels = [int(label) for label in generator.check_labels(labels, count)]
+    if not generator.class_names:
+        return [{}] * len(labels)
+    return [{'label': label, 'class': generator.class_names[label]} for label in labels]
 
 
 def number(label: str, names: list[str]) -> int:

@@ -12,6 +12,7 @@ last two independently of each other, and sampled one after the other:
     parallel/     how arrays lie on devices
     evaluation/   networks and numbers that judge videos, the report
     sampling      the two draws: content frame, motion latent
+    conditions    classes and prompts, checked, and as the networks take them
     generate      Generator: the three trained parts -> new videos
     video         uint8 <-> float, files, grids
     memory        the most that this process has held

@@ -1,26 +1,29 @@
 """From trained parts to video.
 
-    noise -> content frame -> (given it) motion latent -> autoencoder.decode -> video
+    noise -> content frame -> (given it) motion latent -> autoencoder.decode -> (VAE) -> video
 
 Video i of a seed has a key of its own, so the same seed gives the same videos whatever the batch
 size and the number of devices.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Int, UInt8
 
-from cmd_jax import sampling
-from cmd_jax import video as videos
+from cmd_jax import conditions, sampling, stable_diffusion
+from cmd_jax.conditions import Conditions
+from cmd_jax.data.clips import resize_crop
 from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import batch_sharding, make_mesh
 from cmd_jax.training import config as configs
-from cmd_jax.training import trained
-from cmd_jax.training.parts import make_process
+from cmd_jax.training import parts, trained
 
 
 class Generator:
@@ -28,11 +31,14 @@ class Generator:
 
     Attributes:
       autoencoder, content, motion: the networks, with averaged parameters.
+      stable_diffusion: the pretrained VAE, text encoder and tokenizer, the run's content network in
+        the place of the U-Net; None for a run on pixels.
       config: {stage: the Config that it was trained with}.
       steps: {stage: updates of the checkpoint}.
       cost: {stage: {'seconds': of its training, 'memory_gb': most that its processes held}}; a
         stage without record has an empty one.
       class_names: names of the classes; empty for a run without classes.
+      text: whether the run is conditioned on prompts.
       statistics: {'mean', 'std'} of the motion latent, [d] each.
     """
 
@@ -49,13 +55,34 @@ class Generator:
         self.steps = {name: stage.step for name, stage in stages.items()}
         self.class_names = stages['content'].class_names
         self.cost, self.mesh = cost, mesh
-        self.content_process = make_process(self.config['content'].content.process)
-        self.motion_process = make_process(self.config['motion'].motion.process)
+        self.content_process = parts.make_process(self.config['content'].content.process)
+        self.motion_process = parts.make_process(self.config['motion'].motion.process)
+        self.text = self.config['content'].condition == 'text'
+        self._at_once = self.config['autoencoder'].stable_diffusion.frames_at_once
+        self.stable_diffusion, self._motion_text = None, None
+        source = self.config['content'].stable_diffusion.source
+        if source:
+            wanted = ('vae', 'text_encoder') if self.text else ('vae',)
+            pipeline = parts.load_frozen(source, wanted, mesh)
+            unet = self.content if self.text else None
+            self.stable_diffusion = dataclasses.replace(pipeline, unet=unet)
+        if self.text:
+            theirs = parts.text_source(self.config['motion'], 'motion')
+            same = theirs == source
+            self._motion_text = (
+                pipeline if same else parts.load_frozen(theirs, ('text_encoder',), mesh)
+            )
+
+    @property
+    def _vae(self):
+        return self.stable_diffusion and self.stable_diffusion.vae
 
     def __call__(
         self,
-        labels: list[int] | None = None,
+        labels: Sequence[int] | None = None,
         *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str = '',
         num_videos: int | None = None,
         seed: int = 0,
         steps: int | None = None,
@@ -69,7 +96,9 @@ class Generator:
 
         Args:
           labels: a class for each video; shorter than `num_videos`, they repeat.
-          num_videos: defaults to the number of labels, or 1.
+          prompt: the same for a run on text: one prompt, or one for each video.
+          negative_prompt: what guidance leads away from; '': from no text at all.
+          num_videos: defaults to the number of labels or prompts, or 1.
           seed: of the videos.
           steps, guidance: network evaluations and guidance scale (1: none) of both stages; None
             takes those of the run's config.
@@ -78,9 +107,10 @@ class Generator:
           batch_size: videos at a time; changes memory and speed, not the videos.
 
         Raises:
-          UserError: for a label out of range, or labels where the run has no classes.
+          UserError: for a label out of range, labels where the run has no classes, or prompts where
+            it is not conditioned on text.
         """
-        labels = self.check_labels(labels, num_videos)
+        asked = self.conditions(labels, prompt, negative_prompt, num_videos)
         options = self.options(
             steps=steps,
             guidance=guidance,
@@ -88,45 +118,76 @@ class Generator:
             motion_guidance=motion_guidance,
             sampler=sampler,
         )
+        if negative_prompt and 1.0 in {options[stage]['guidance'] for stage in options}:
+            logging.warning('negative_prompt has no effect where guidance is 1')
+        shape = self._frame_shape
 
-        def run(keys, labels):
-            content = sampling.content_program(
-                self.content, self.content_process, keys, labels, **options['content']
+        def run(keys, content, content_null, motion, motion_null):
+            frame = sampling.content_program(
+                self.content,
+                self.content_process,
+                *(keys, content, content_null, shape),
+                **options['content'],
             )
-            return self._decode(content, keys, labels, options['motion'])
+            return self._animated(frame, keys, motion, motion_null, options['motion'])
 
-        return self._batched(run, batch_size, sampling.video_keys(seed, 0, len(labels)), labels)
+        arrays = dataclasses.astuple(asked)
+        keys = sampling.video_keys(seed, 0, len(arrays[0]))
+        return self._batched(run, batch_size, keys, *arrays)
 
     def animate(
         self,
-        content: UInt8[np.ndarray, 'h w 3'],
+        content: UInt8[np.ndarray, 'h w 3'] | None = None,
         n: int = 4,
         *,
+        image: UInt8[np.ndarray, 'h2 w2 3'] | None = None,
         label: int | None = None,
+        prompt: str | None = None,
+        negative_prompt: str = '',
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
         batch_size: int = 16,
     ) -> UInt8[np.ndarray, 'n t h w 3']:
-        """One content frame with `n` motions (paper, appendix F)."""
-        size = (self.autoencoder.height, self.autoencoder.width, 3)
+        """One content frame with `n` motions (paper, appendix F).
+
+        Args:
+          content: a content frame of the run's size, as `content_frames` gives them.
+          n: number of videos.
+          image: any picture instead. One of another size is scaled and its middle cut out, with a
+            warning.
+          label, prompt: what should happen in it; without, motions are drawn without a condition
+            and without guidance.
+          negative_prompt, seed, steps, guidance, sampler, batch_size: see `__call__`.
+
+        Raises:
+          UserError: unless exactly one of content and image is given, as uint8 of that shape.
+        """
+        if (content is None) == (image is None):
+            raise UserError('animate needs content or image, one of them')
+        data = self.config['autoencoder'].data
+        size = (data.height, data.width, 3)
+        if image is not None:
+            content = fit(image, data.height, data.width)
         if np.shape(content) != size:
             raise UserError(f'content has the shape {np.shape(content)}: this run needs {size}')
         check_bytes('content', content)
-        if label is None:
-            labels = jnp.full(n, self.motion.num_classes, jnp.int32)
-        else:
-            labels = self.check_labels([label], n)
-        if label is None and guidance is None:
+        labels = None if label is None else [label]
+        free = labels is None and prompt is None
+        asked = self.conditions(labels, '' if free and self.text else prompt, negative_prompt, n)
+        given = (asked.motion_null if free else asked.motion, asked.motion_null)
+        if free and guidance is None:
             guidance = 1.0
         options = self.options(steps=steps, guidance=guidance, sampler=sampler)['motion']
-        frames = jnp.broadcast_to(videos.to_float(jnp.asarray(content)), (n, *size))
+        frame = sampling.frames_program(self._vae, jnp.asarray(content)[None, None], at_once=1)[0]
 
-        def run(keys, labels, frames):
-            return self._decode(frames, keys, labels, options)
+        def run(keys, condition, null, frame):
+            return self._animated(frame, keys, condition, null, options)
 
-        return self._batched(run, batch_size, sampling.video_keys(seed, 0, n), labels, frames)
+        keys = sampling.video_keys(seed, 0, n)
+        frames = jnp.broadcast_to(frame, (n, *self._frame_shape))
+        return self._batched(run, batch_size, keys, *given, frames)
 
     def reconstruct(
         self, video: UInt8[np.ndarray, 'n t h w 3'], batch_size: int = 16
@@ -136,39 +197,60 @@ class Generator:
         check_bytes('video', video)
 
         def run(video):
-            return sampling.decode_program(
-                self.autoencoder, *sampling.encode_program(self.autoencoder, video)
-            )
+            frame, motion = self._encode(video)
+            return self._decode(frame, motion)
 
         return self._batched(run, batch_size, video)
 
     def content_frames(
         self, video: UInt8[np.ndarray, 'n t h w 3'], batch_size: int = 16
     ) -> UInt8[np.ndarray, 'n h w 3']:
-        """The content frames of real videos."""
+        """The content frames of real videos, as pictures."""
 
         check_bytes('video', video)
 
         def run(video):
-            return videos.to_uint8(sampling.encode_program(self.autoencoder, video)[0])
+            frame = self._encode(video)[0]
+            return sampling.video_program(self._vae, frame[:, None], at_once=1)[:, 0]
 
         return self._batched(run, batch_size, video)
 
-    def check_labels(self, labels: list[int] | None, num_videos: int | None) -> Int[Array, 'n']:
+    def export(self, folder: str | Path):
+        """Writes the content stage as a Stable Diffusion folder that diffusers loads.
+
+        Raises:
+          UserError: where the content network is not Stable Diffusion's.
+        """
+        if not self.text:
+            raise UserError('only the content stage of a run on text is a Stable Diffusion model')
+        # The frozen parts are copied, file by file: here they may be in a lower precision.
+        pipeline = dataclasses.replace(self.stable_diffusion, vae=None, text_encoder=None)
+        stable_diffusion.save(pipeline, folder)
+
+    def conditions(
+        self,
+        labels: Sequence[int] | None,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str,
+        num_videos: int | None,
+    ) -> Conditions:
+        """The conditions of `num_videos` videos, checked; see `__call__`."""
+        if not self.text:
+            if prompt is not None or negative_prompt:
+                raise UserError(
+                    f'prompt={prompt!r}: this run is not conditioned on text; leave prompts out'
+                )
+            labels = self.check_labels(labels, num_videos)
+            return conditions.of_labels(self.content, labels)
+        if labels is not None:
+            raise UserError(f'labels={list(labels)}: this run takes a prompt instead')
+        prompts = conditions.check_prompts(prompt, num_videos)
+        encoders = self.stable_diffusion, self._motion_text
+        return conditions.of_prompts(*encoders, self.motion, prompts, negative_prompt)
+
+    def check_labels(self, labels: Sequence[int] | None, num_videos: int | None) -> Int[Array, 'n']:
         """The labels of `num_videos` videos, checked; see `__call__`."""
-        classes = self.content.num_classes
-        if labels is not None and len(labels) == 0:
-            raise UserError('labels is empty: name at least one class')
-        if labels is None:
-            labels = range(classes) if classes else [0]
-            labels = [labels[i % len(labels)] for i in range(num_videos or 1)]
-        elif not classes:
-            raise UserError(f'labels={list(labels)}: this run has no classes; leave labels out')
-        for label in labels:
-            if classes and not 0 <= label < classes:
-                raise UserError(f'label {label} is out of range: this run has 0..{classes - 1}')
-        n = num_videos or len(labels)
-        return jnp.asarray([labels[i % len(labels)] for i in range(n)], jnp.int32)
+        return conditions.check_labels(labels, num_videos, self.content.num_classes)
 
     def options(
         self,
@@ -180,7 +262,8 @@ class Generator:
         sampler: str | None = None,
     ) -> dict[str, dict]:
         """{'content': …, 'motion': …}: how the two stages are sampled, defaults filled in."""
-        if not self.class_names and {guidance, motion_guidance} - {None, 1.0}:
+        conditioned = bool(self.class_names) or self.text
+        if not conditioned and {guidance, motion_guidance} - {None, 1.0}:
             raise UserError(
                 f'guidance={guidance or motion_guidance}: this run has no classes, leave it out'
             )
@@ -196,20 +279,36 @@ class Generator:
             section = getattr(self.config[stage], stage)
             default = section.sampling
             if guidance is None:
-                guidance = default.guidance if self.class_names else 1.0
+                guidance = default.guidance if conditioned else 1.0
             options[stage] = {
                 'sampler': sampler or default.sampler,
                 'steps': default.steps if steps is None else steps,
                 'guidance': float(guidance),
             }
+        options['content'] |= parts.content_sampling(self.config['content'])
         options['motion']['content_noise'] = self.config['motion'].motion.content_noise
         return options
 
-    def _decode(self, content, keys, labels, options):
+    @property
+    def _frame_shape(self) -> tuple[int, int, int]:
+        """Of a frame as the autoencoder sees it."""
+        autoencoder = self.autoencoder
+        return autoencoder.height, autoencoder.width, autoencoder.channels
+
+    def _animated(self, frame, keys, condition, null, options):
         motion = sampling.motion_program(
-            self.motion, self.motion_process, keys, content, labels, self.statistics, **options
+            *(self.motion, self.motion_process, keys, frame, condition, null, self.statistics),
+            **options,
         )
-        return sampling.decode_program(self.autoencoder, content, motion)
+        return self._decode(frame, motion)
+
+    def _encode(self, video):
+        return sampling.encode_program(self.autoencoder, self._vae, video, at_once=self._at_once)
+
+    def _decode(self, frame, motion):
+        return sampling.decode_program(
+            self.autoencoder, self._vae, frame, motion, at_once=self._at_once
+        )
 
     def _batched(self, run, batch_size, *arrays):
         """Runs over batches of one size (one compilation), the last padded by repetition."""
@@ -232,15 +331,37 @@ def check_bytes(name: str, x: np.ndarray):
         raise UserError(f'{name} has the type {np.asarray(x).dtype}: give uint8 in 0..255')
 
 
-def load(workdir: str | Path) -> Generator:
+def fit(image: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, 'h w 3']:
+    """The middle of a picture, scaled to a size."""
+    image = np.asarray(image)
+    check_bytes('image', image)
+    if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+        raise UserError(f'image has the shape {image.shape}: give RGB, (height, width, 3)')
+    if image.shape[:2] == (height, width):
+        return image
+    logging.warning(
+        'image of %d x %d: scaled, and its middle of %d x %d used', *image.shape[:2], height, width
+    )
+    return resize_crop(image[None], height, width, 'center', False)[0]
+
+
+def load(workdir: str | Path, *, stable_diffusion: str | Path | None = None) -> Generator:
     """The Generator of a run directory.
+
+    Args:
+      workdir: the run.
+      stable_diffusion: where the pretrained image model is, if not where it was in training: a
+        folder or a repository.
 
     Raises:
       UserError: if a stage is missing or not trained to its last step (names the command), or
-        content and motion were trained on another autoencoder than the one there.
+        content and motion were trained on another autoencoder than the one there, or on
+        different conditions.
     """
     mesh = make_mesh()
-    stages = {stage: trained.load(workdir, stage, mesh) for stage in configs.STAGES}
+    stages = {
+        stage: trained.load(workdir, stage, mesh, stable_diffusion) for stage in configs.STAGES
+    }
     for stage in ('content', 'motion'):
         theirs, there = stages[stage].autoencoder_step, stages['autoencoder'].step
         if theirs != there:
@@ -248,5 +369,11 @@ def load(workdir: str | Path) -> Generator:
                 f'{workdir}: {stage} was trained on the autoencoder of step {theirs}, which is now '
                 f'at step {there}: train {stage} again, in a new workdir'
             )
+    content, motion = (stages[stage].config.condition for stage in ('content', 'motion'))
+    if content != motion:
+        raise UserError(
+            f'{workdir}: content was trained with condition={content!r}, motion with '
+            f'condition={motion!r}: train one of them again, in a new workdir'
+        )
     cost = {stage: trained.training_cost(workdir, stage) for stage in configs.STAGES}
     return Generator(stages, cost, mesh)

@@ -1,16 +1,21 @@
 """The two draws of CMD, content frame and motion latent, as pure functions and as programs.
 
 Every example has a random key of its own, so that it does not depend on the batch that it is in.
+*Frames* are what the autoencoder sees of a video: RGB in [-1, 1] (pixel mode), or the scaled
+latents of a Stable Diffusion VAE (latent mode); `vae` is None in pixel mode.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from cmd_jax import video as videos
 from cmd_jax.diffusion import Process, guide, sample
+from cmd_jax.models.autoencoder import VideoAutoencoder
 from cmd_jax.models.content import ContentDiT
 from cmd_jax.models.motion import MotionDiT
+from cmd_jax.stable_diffusion import VAE, UNet
+from cmd_jax.stable_diffusion.frames import decode_frames, encode_frames
 
 
 def split_keys(keys: Array, parts: int) -> tuple[Array, ...]:
@@ -23,10 +28,32 @@ def normal_like(keys: Array, x: Float[Array, 'b *s']) -> Float[Array, 'b *s']:
     return jax.vmap(lambda k: jax.random.normal(k, x.shape[1:]))(keys)
 
 
-def initial_noise(keys: Array, model: ContentDiT | MotionDiT) -> Float[Array, 'b rows columns c']:
-    """What sampling begins with, of the size that the model denoises."""
-    shape = (model.rows * model.patch, model.columns * model.patch, model.channels)
-    return normal_like(keys, jnp.empty((len(keys), *shape)))
+def to_frames(
+    vae: VAE | None,
+    video: UInt8[Array, 'b t h w 3'],
+    *,
+    at_once: int,
+    keys: Array | None = None,
+) -> Float[Array, 'b t h2 w2 c']:
+    """What the autoencoder sees of a video.
+
+    Args:
+      vae: see above.
+      video: real clips.
+      at_once: frames of each clip that the VAE takes at a time.
+      keys: typed PRNG keys [b]: latents are drawn from the posterior rather than its mean.
+    """
+    pixels = videos.to_float(video)
+    return pixels if vae is None else encode_frames(vae, pixels, at_once=at_once, keys=keys)
+
+
+def to_video(
+    vae: VAE | None, frames: Float[Array, 'b t h2 w2 c'], *, at_once: int
+) -> UInt8[Array, 'b t h w 3']:
+    """The video of such frames."""
+    if vae is not None:
+        frames = decode_frames(vae, frames, at_once=at_once)
+    return videos.to_uint8(frames)
 
 
 def noisy_content(
@@ -59,26 +86,45 @@ def video_keys(seed: int, first: int, count: int) -> Array:
 
 
 def draw_content(
-    model: ContentDiT,
+    model: ContentDiT | UNet,
     process: Process,
     keys: Array,
-    labels: Int[Array, 'b'],
+    condition: Shaped[Array, 'b *k'],
+    null: Shaped[Array, 'b *k'],
+    shape: tuple[int, int, int],
     *,
     sampler: str,
     steps: int,
     guidance: float,
+    clip: float | None,
+    offset: int,
+    final_alpha_one: bool,
 ) -> Float[Array, 'b h w c']:
-    """Content frames in [-1, 1]; `keys` [b], one an example."""
+    """Content frames.
+
+    Args:
+      model: (x, t, condition) -> epsilon or v.
+      process: that it was trained with.
+      keys: typed PRNG keys [b].
+      condition: labels [b], or text features [b n k].
+      null: what guidance leads away from: no class, or the features of a negative prompt.
+      shape: (height, width, channels) of a frame.
+      sampler, steps, clip, offset, final_alpha_one: see `diffusion.sample`.
+      guidance: scale; 1: none.
+    """
     noise_keys, keys, _, _, _ = split_keys(keys, 5)
-    denoise = guide(
-        lambda x, t, label: model(x, t, label),
-        labels,
-        model.null_condition(labels),
-        guidance,
-        learn_sigma=process.learn_sigma,
+    denoise = guide(model, condition, null, guidance, learn_sigma=process.learn_sigma)
+    return sample(
+        denoise,
+        normal_like(noise_keys, jnp.empty((len(keys), *shape))),
+        process,
+        sampler=sampler,
+        steps=steps,
+        clip=clip,
+        offset=offset,
+        final_alpha_one=final_alpha_one,
+        key=keys,
     )
-    noise = initial_noise(noise_keys, model)
-    return sample(denoise, noise, process, sampler=sampler, steps=steps, clip=1.0, key=keys)
 
 
 def draw_motion(
@@ -86,7 +132,8 @@ def draw_motion(
     process: Process,
     keys: Array,
     content: Float[Array, 'b h w c'],
-    condition: Int[Array, 'b'] | Float[Array, 'b k'],
+    condition: Shaped[Array, 'b *k'],
+    null: Shaped[Array, 'b *k'],
     statistics: dict,
     *,
     sampler: str,
@@ -94,24 +141,50 @@ def draw_motion(
     guidance: float,
     content_noise: float,
 ) -> Float[Array, 'b t s d']:
-    """Motion latents of the content frames; guidance keeps the frame in both branches."""
+    """Motion latents of the content frames; guidance keeps the frame in both branches.
+
+    Condition and null: labels [b], or pooled text features [b k]; the rest as in `draw_content`.
+    """
     _, _, noise_keys, keys, content_keys = split_keys(keys, 5)
     content = noisy_content(content_keys, content, content_noise)
     denoise = guide(
         lambda x, t, given: model(x, t, *given),
         (content, condition),
-        (content, model.null_condition(condition)),
+        (content, null),
         guidance,
         learn_sigma=process.learn_sigma,
     )
-    noise = initial_noise(noise_keys, model)
+    shape = (model.rows * model.patch, model.columns * model.patch, model.channels)
+    noise = normal_like(noise_keys, jnp.empty((len(keys), *shape)))
     z = sample(denoise, noise, process, sampler=sampler, steps=steps, key=keys)
     return denormalize(z, statistics)
 
 
+def encode(
+    autoencoder: VideoAutoencoder, vae: VAE | None, video: UInt8[Array, 'b t h w 3'], at_once: int
+) -> tuple[Float[Array, 'b h2 w2 c'], Float[Array, 'b t2 s d']]:
+    """Content frames and motion latents of real clips."""
+    return autoencoder.encode(to_frames(vae, video, at_once=at_once))
+
+
+def decode(
+    autoencoder: VideoAutoencoder,
+    vae: VAE | None,
+    content: Float[Array, 'b h2 w2 c'],
+    motion: Float[Array, 'b t s d'],
+    at_once: int,
+) -> UInt8[Array, 'b t2 h w 3']:
+    """Videos of content frames and motion latents."""
+    return to_video(vae, autoencoder.decode(content, motion), at_once=at_once)
+
+
 # Networks are arguments, not constants, of the compiled programs.
 OPTIONS = ('process', 'sampler', 'steps', 'guidance')
-content_program = jax.jit(draw_content, static_argnames=OPTIONS)
+content_program = jax.jit(
+    draw_content, static_argnames=(*OPTIONS, 'shape', 'clip', 'offset', 'final_alpha_one')
+)
 motion_program = jax.jit(draw_motion, static_argnames=(*OPTIONS, 'content_noise'))
-encode_program = jax.jit(lambda autoencoder, video: autoencoder.encode(videos.to_float(video)))
-decode_program = jax.jit(lambda autoencoder, *z: videos.to_uint8(autoencoder.decode(*z)))
+encode_program = jax.jit(encode, static_argnames='at_once')
+decode_program = jax.jit(decode, static_argnames='at_once')
+frames_program = jax.jit(to_frames, static_argnames='at_once')
+video_program = jax.jit(to_video, static_argnames='at_once')

@@ -41,6 +41,7 @@ def base() -> dict:
         stage='all',
         seed=0,
         tensorboard=True,
+        condition='class',
         data=dict(
             source='folder',
             path='',
@@ -53,6 +54,7 @@ def base() -> dict:
             test_fraction=0.1,
             workers=8,
         ),
+        stable_diffusion=dict(source='', posterior='mean', frames_at_once=1),
         mesh=dict(data=1, fsdp=-1, tensor=1),
         autoencoder=dict(
             model=dict(
@@ -71,6 +73,7 @@ def base() -> dict:
             train=train(batch_size=24, learning_rate=1e-5, b1=0.5, b2=0.9),
         ),
         content=dict(
+            start='',
             model=dict(patch=2, **SIZES['L'], rotary=False, remat='attention'),
             process=dict(schedule='linear', prediction='epsilon', learn_sigma=True),
             loss=dict(label_drop=0.1, min_snr=0.0),
@@ -78,6 +81,7 @@ def base() -> dict:
             train=train(),
         ),
         motion=dict(
+            text_encoder='',
             model=dict(patch=2, content_patch=4, **SIZES['L'], rotary=False, remat='attention'),
             process=dict(schedule='linear', prediction='epsilon', learn_sigma=True),
             loss=dict(label_drop=0.1, min_snr=0.0),
@@ -112,14 +116,14 @@ def tiny(config: dict):
         )
 
 
-def finish(config: dict, arg: str) -> ml_collections.ConfigDict:
-    """The config for an argument 'STAGE[,tiny]', locked."""
+def finish(config: dict, arg: str, shrink=tiny) -> ml_collections.ConfigDict:
+    """The config for an argument 'STAGE[,tiny]', locked; `shrink` makes a config tiny."""
     stage, *options = arg.split(',')
     if stage not in STAGES:
         raise UserError(f'unknown stage {stage!r} in the config: choose one of {", ".join(STAGES)}')
     for option in options:
         if option != 'tiny':
             raise UserError(f'unknown option {option!r} in the config: the only one is tiny')
-        tiny(config)
+        shrink(config)
     config['stage'] = stage
     return ml_collections.ConfigDict(config).lock()

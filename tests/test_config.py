@@ -6,7 +6,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.training import config as configs
 from tests import tiny
 
-NAMES = ('quickstart', 'ucf101', 'folder')
+NAMES = ('quickstart', 'ucf101', 'text_to_video', 'folder')
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -17,6 +17,22 @@ def test_shipped_configs_fit_the_schema(name, arg):
     config = configs.parse(tree.to_dict())
     assert config.stage == arg.split(',')[0]
     assert importlib.import_module(f'configs.{name}').__doc__.strip()
+
+
+@pytest.mark.parametrize(('arg', 'width', 'patch'), [('sd15', 512, 4), ('sd21,motion', 1024, 8)])
+def test_text_to_video_is_the_papers_setting(arg, width, patch):
+    config = configs.parse(tiny.shipped('text_to_video', arg))
+    assert (config.data.frames, config.data.height, config.data.width) == (16, 512, width)
+    assert config.condition == 'text' and config.stage == (arg.split(',') + ['all'])[1]
+    assert config.autoencoder.loss.l2_weight == 1.0 and config.autoencoder.loss.l1_weight == 0.0
+    model = config.motion.model
+    assert (model.dim, model.depth, model.heads) == (1152, 28, 16)
+    assert (model.patch, model.content_patch) == (2, patch)
+    assert config.content.process.prediction == 'epsilon'
+    for section, steps in ((config.content, 50), (config.motion, 100)):
+        assert (section.train.batch_size, section.train.learning_rate) == (256, 1e-4)
+        assert (section.sampling.steps, section.sampling.guidance) == (steps, 7.5)
+    assert config.motion.train.clip_norm == 1.0
 
 
 def test_ucf101_is_the_papers_setting():

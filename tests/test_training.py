@@ -18,9 +18,10 @@ from cmd_jax.errors import UserError
 from cmd_jax.models import flops
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop, losses, stages
+from cmd_jax.training import loop, losses, stages, texts
 from cmd_jax.training import state as states
 from cmd_jax.training.parts import make_autoencoder, make_content, make_motion, make_process
+from cmd_jax.video import to_float
 from tests import tiny
 
 
@@ -46,7 +47,7 @@ def pieces(name, mesh, accumulation=1):
         make = functools.partial(make, num_classes=10)
     tx = states.optimizer(section.train)
     graphdef, abstract, init = states.prepare(lambda rngs: make(config, rngs=rngs), tx, mesh)
-    state, sharding = init(jax.random.key(1)), jax.tree.map(lambda x: x.sharding, abstract)
+    state, sharding = init(jax.random.key(1), {}), jax.tree.map(lambda x: x.sharding, abstract)
     # Zero-initialised layers would hide what is behind them.
     noise = optax.tree.random_like(jax.random.key(3), state.params)
     params = jax.tree.map(lambda p, n: p + 0.02 * n, state.params, noise)
@@ -176,7 +177,7 @@ def linear_step(loss, **kwargs):
     kwargs = dict(ema_decay=0.5, accumulation=1) | kwargs
     return functools.partial(
         states.train_step, graphdef=graphdef, loss=loss, tx=tx, **kwargs
-    ), init(jax.random.key(0))
+    ), init(jax.random.key(0), {})
 
 
 def test_non_finite_updates_are_skipped_and_counted():
@@ -246,10 +247,10 @@ def test_statistics_normalise_the_motion():
     model = make_autoencoder(config, nnx.Rngs(0))
     source = loop.make_source(config, 'train')
     dataset = pipeline.make_dataset(source, 8, seed=0, shuffle=True, repeat=True)
-    statistics = stages.measure_statistics(model, iter(dataset), 16)
+    statistics = stages.measure_statistics({'autoencoder': model}, iter(dataset), 16, at_once=1)
     batches = iter(dataset)
     video = np.concatenate([next(batches)['video'] for _ in range(2)])
-    motion = model.encode(losses.to_float(jnp.asarray(video)))[1]
+    motion = model.encode(to_float(jnp.asarray(video)))[1]
     z = sampling.normalize(motion, statistics)
     np.testing.assert_allclose(z.mean((0, 1, 2)), 0, atol=1e-4)
     np.testing.assert_allclose(z.std((0, 1, 2)), 1, atol=2e-3)
@@ -302,11 +303,10 @@ def test_text_trains_the_motion_network(drop):
     frozen = {'autoencoder': make_autoencoder(config, nnx.Rngs(0))}
     frozen['statistics'] = {'mean': jnp.zeros(4), 'std': jnp.ones(4)}
     options = dataclasses.replace(section.loss, label_drop=drop)
-    loss = losses.motion_loss(make_process(section.process), options, section.content_noise)
-    batch = {
-        'video': jnp.zeros((2, 4, 16, 16, 3), jnp.uint8),
-        'text': jax.random.normal(jax.random.key(1), (2, 6)),
-    }
+    loss = losses.motion_loss(make_process(section.process), options)
+    features = jax.random.normal(jax.random.key(1), (3, 6))
+    frozen['text'] = texts.Table(features, features[0])
+    batch = {'video': jnp.zeros((2, 4, 16, 16, 3), jnp.uint8), 'text': jnp.array([2, 1])}
     keys = jax.random.split(jax.random.key(0), 2)
 
     @jax.jit
@@ -328,8 +328,11 @@ def test_model_flops_count_the_frozen_encoder_once():
         name='content',
         train=section.train,
         make_model=lambda rngs: make_content(config, 10, rngs),
+        start=dict,
         loss=losses.content_loss(make_process(section.process), section.loss),
         frozen={'autoencoder': autoencoder},
+        frozen_pass=functools.partial(losses.given, frames=losses.PIXELS),
+        lookup=None,
         autoencoder_step=6,
         preview=stages.preview_content,
     )

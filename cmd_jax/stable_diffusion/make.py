@@ -233,10 +233,19 @@ def make(
             weights.save(module, place / part / f'{PARTS[part].stems[0]}.safetensors')
             logging.info('%s: %.1f million parameters', part, count(module) / 1e6)
             del module
-        write_json(place / 'scheduler/scheduler_config.json', SCHEDULER)
+        # In a short training v is learned better than epsilon.
+        predicted = {'prediction_type': 'v_prediction'} if family == 'tiny' else {}
+        write_json(place / 'scheduler/scheduler_config.json', SCHEDULER | predicted)
         write_json(place / 'model_index.json', INDEX)
         for path in sorted(place.iterdir()):
             path.rename(folder / path.name)
+
+
+def describe(folder: Path, family: str):
+    """Writes what says the sizes of a family's networks, and no weights: enough for shapes."""
+    for part, tree in FAMILIES[family].items():
+        write_json(folder / part / 'config.json', tree)
+    write_json(folder / 'scheduler/scheduler_config.json', SCHEDULER)
 
 
 def write_json(path: Path, tree: dict):

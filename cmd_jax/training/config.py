@@ -40,6 +40,16 @@ class Data:
 
 
 @record
+class StableDiffusion:
+    """The pretrained image model: its VAE makes the frames that the autoencoder sees (latent mode),
+    its U-Net and text encoder are the content stage where condition='text'."""
+
+    source: str  # a folder, a repository id or a name of stable_diffusion.MIRRORS; '': pixel mode
+    posterior: str  # the latent of a training frame: 'mean' of the VAE's posterior or a 'sample'
+    frames_at_once: int  # of each clip in the VAE; changes memory and speed alone
+
+
+@record
 class Mesh:
     """Sizes of the device mesh; fsdp=-1 takes all devices that are left."""
 
@@ -105,7 +115,8 @@ class Autoencoder:
 
 @record
 class ContentModel:
-    """See `models.ContentDiT`."""
+    """See `models.ContentDiT`. Where condition='text' the U-Net's files say its sizes, and remat
+    ('none' or 'full') alone is read."""
 
     patch: int
     dim: int
@@ -154,6 +165,7 @@ class Sampling:
 
 @record
 class Content:
+    start: str  # file of DiT weights to begin with; '': random weights. The U-Net has its own
     model: ContentModel
     process: DiffusionProcess
     loss: DiffusionLoss
@@ -163,6 +175,7 @@ class Content:
 
 @record
 class Motion:
+    text_encoder: str  # as stable_diffusion.source, or a text encoder's folder; '': that one's
     model: MotionModel
     process: DiffusionProcess
     loss: DiffusionLoss
@@ -177,7 +190,9 @@ class Config:
     stage: str  # 'autoencoder', 'content', 'motion' or 'all'
     seed: int
     tensorboard: bool  # event files beside metrics.jsonl; needs TensorFlow
+    condition: str  # 'class', or 'text': captions, with Stable Diffusion's U-Net for the content
     data: Data
+    stable_diffusion: StableDiffusion
     mesh: Mesh
     autoencoder: Autoencoder
     content: Content
@@ -194,10 +209,9 @@ def parse(tree: dict) -> Config:
     fields = flatten(config)
     for path, value in fields.items():
         name = path.rsplit('.', 1)[-1]
-        if name == 'schedule':
-            name = '.'.join(path.split('.')[-2:])
-        if name in KNOWN:
-            choose(path, value, KNOWN[name])
+        known = KNOWN.get('.'.join(path.split('.')[-2:]), KNOWN.get(name))
+        if known is not None:
+            choose(path, value, known)
         elif name in BOUNDS:
             low, high = BOUNDS[name]
             if not low <= value <= high:
@@ -211,13 +225,47 @@ def parse(tree: dict) -> Config:
                 f'{stage}.train.batch_size={train.batch_size} is not divisible by '
                 f'{stage}.train.accumulation={train.accumulation}: change one of them'
             )
+    check_modes(config)
     return config
 
 
-# What a field's value must be one of, or lie between; all other numbers must be positive.
+def check_modes(config: Config):
+    """Raises UserError for fields that do not go together."""
+    latent, text = bool(config.stable_diffusion.source), config.condition == 'text'
+    if text and not latent:
+        raise UserError(
+            "stable_diffusion.source='': condition='text' needs a Stable Diffusion folder or "
+            'repository'
+        )
+    if latent and config.autoencoder.loss.lpips_weight:
+        raise UserError(
+            f'autoencoder.loss.lpips_weight={config.autoencoder.loss.lpips_weight}: LPIPS is for '
+            'pixels; set it to 0 with a stable_diffusion.source'
+        )
+    if latent and config.autoencoder.model.output != 'linear':
+        raise UserError(
+            f'autoencoder.model.output={config.autoencoder.model.output!r}: latents have no '
+            "bounds; set it to 'linear' with a stable_diffusion.source"
+        )
+    if text and config.content.start:
+        raise UserError(
+            f"content.start={config.content.start!r}: with condition='text' the U-Net of "
+            'stable_diffusion.source is the start; leave it empty'
+        )
+    if not text and config.motion.text_encoder:
+        raise UserError(
+            f'motion.text_encoder={config.motion.text_encoder!r} has no meaning with '
+            "condition='class': leave it empty"
+        )
+
+
+# What a field's value must be one of (by its name, or its section's and its name), or lie between;
+# all other numbers must be positive.
 KNOWN = {
     'stage': (*STAGES, 'all'),
-    'source': SOURCES,
+    'condition': ('class', 'text'),
+    'posterior': ('mean', 'sample'),
+    'data.source': SOURCES,
     'short': SHORT,
     'train.schedule': ('constant', 'cosine'),
     'precision': ('auto', 'float32', 'bfloat16'),
@@ -292,11 +340,12 @@ def choose(name: str, value: str, known: tuple[str, ...]):
         )
 
 
+FRAMES = ('stable_diffusion.source', 'stable_diffusion.posterior')
 # A stage's run keeps what bears on it. A run may go on with another mesh.
 RELEVANT = {
-    'autoencoder': ('seed', 'data', 'autoencoder'),
-    'content': ('seed', 'data', 'autoencoder.model', 'content'),
-    'motion': ('seed', 'data', 'autoencoder.model', 'motion'),
+    'autoencoder': ('seed', 'data', *FRAMES, 'autoencoder'),
+    'content': ('seed', 'data', *FRAMES, 'condition', 'autoencoder.model', 'content'),
+    'motion': ('seed', 'data', *FRAMES, 'condition', 'autoencoder.model', 'motion'),
 }
 
 

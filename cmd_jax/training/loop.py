@@ -1,9 +1,12 @@
 """The one training loop of all stages."""
 
 import contextlib
+import dataclasses
 import functools
 import signal
 import time
+import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,7 +14,6 @@ from absl import logging
 from clu import parameter_overview
 from flax import nnx
 
-from cmd_jax import video as videos
 from cmd_jax.data import pipeline, sources
 from cmd_jax.errors import Interrupted, UserError, writable
 from cmd_jax.models import flops
@@ -55,26 +57,45 @@ def train(
         states.check_batch(name, getattr(config, name).train, mesh)
         check_config(name, config, workdir / name, force_config)
     source = make_source(config, 'train')
+    class_names = [] if config.condition == 'text' else list(source.class_names)
     for name in names:
-        stages.check(name, config, len(source.class_names))
-    clips = stages.preview_clips(make_source(config, 'test'))
+        stages.check(name, config, len(class_names))
+    test = make_source(config, 'test')
+    captions = sorted({*source.captions, *test.captions}) if config.condition == 'text' else None
+    data = Data(source, class_names, captions, stages.preview_clips(test))
     for name in names:
         with jax.set_mesh(mesh):
-            train_stage(name, config, workdir, mesh, source, clips, profile, dump_hlo)
+            train_stage(name, config, workdir, mesh, data, profile, dump_hlo)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What stages are trained on.
+
+    Attributes:
+      source: clips of the training split.
+      class_names: empty where there are no classes, or captions are the condition.
+      captions: all that either split can have, or None where they are not known or not asked for.
+      clips: a batch of the test split, for previews.
+    """
+
+    source: typing.Any
+    class_names: list[str]
+    captions: list[str] | None
+    clips: dict
 
 
 def train_stage(
-    name: str, config: configs.Config, workdir: Path, mesh, source, clips, profile, dump_hlo
+    name: str, config: configs.Config, workdir: Path, mesh, data: Data, profile, dump_hlo
 ):
     """Trains one stage to its last step; resumes from its newest checkpoint, bit for bit."""
     started = time.time()
     folder = workdir / name
-    class_names = list(source.class_names)
-    stage = stages.make(name, config, workdir, class_names, mesh)
-    trained.check_inputs(folder, class_names, stage.autoencoder_step)
+    stage = stages.make(name, config, workdir, data.class_names, data.captions, mesh)
+    trained.check_inputs(folder, data.class_names, stage.autoencoder_step)
     settings = stage.train
     dataset = pipeline.make_dataset(
-        source,
+        data.source,
         settings.batch_size,
         seed=config.seed,
         shuffle=True,
@@ -113,23 +134,26 @@ def train_stage(
             state, statistics = checkpoints.restore(abstract, statistics, batches)
             logging.info('%s: going on from step %d', name, int(state.step))
         else:
-            state = init(init_key)
+            state = init(init_key, stage.start())
             if name == 'motion':
                 with contextlib.closing(iter(dataset)) as sample:
                     statistics = stages.measure_statistics(
-                        frozen['autoencoder'], sample, config.motion.statistics_clips
+                        frozen,
+                        sample,
+                        config.motion.statistics_clips,
+                        config.stable_diffusion.frames_at_once,
                     )
                 statistics = jax.device_put(statistics, replicated(mesh))
         # From here on the folder is this run's.
         configs.save(config, folder / 'config.json')
-        trained.save_inputs(folder, class_names, stage.autoencoder_step)
+        trained.save_inputs(folder, data.class_names, stage.autoencoder_step)
         if statistics:
             frozen = frozen | {'statistics': statistics}
         step = int(state.step)
         if step >= settings.steps:
             logging.info('%s: trained already (%d steps)', name, step)
             return
-        batch = to_device(next(batches), mesh)
+        batch = to_device(next(batches), mesh, stage.lookup)
         counted = count_flops(graphdef, stage, state, frozen, batch)
         # Compiled ahead: what does not fit is told before the first step, and nothing compiles
         # a second time.
@@ -171,12 +195,12 @@ def train_stage(
                 checkpoints.save(state, statistics, batches)
             if last or (settings.preview_every and step % settings.preview_every == 0 and not stop):
                 model = nnx.merge(graphdef, state.ema)
-                out = stage.preview(model, frozen, *clips)
+                out = stage.preview(model, frozen, with_text(data.clips, stage.lookup))
                 stages.write_preview(folder / 'previews', step, *out)
             if stop or (last and signals.received):
                 raise Interrupted(f'{name} saved at step {step}')
             if not last:
-                batch = to_device(next(batches), mesh)
+                batch = to_device(next(batches), mesh, stage.lookup)
         check_finite(name, settings, step, before)
 
 
@@ -204,28 +228,31 @@ def make_source(config: configs.Config, split: str):
     return sources.make_source(name, **options)
 
 
-def to_device(batch: dict, mesh) -> dict:
-    """The arrays of a host's batch that losses read, as global arrays over the mesh."""
+def with_text(batch: dict, lookup: Callable | None) -> dict:
+    """What of a host's batch the losses read, captions being looked up."""
+    if lookup is None:
+        return {'video': batch['video'], 'label': batch['label']}
+    return {'video': batch['video'], 'text': lookup(batch['caption'])}
+
+
+def to_device(batch: dict, mesh, lookup: Callable | None = None) -> dict:
+    """A host's batch for the step, as global arrays over the mesh."""
     sharding = batch_sharding(mesh)
-    return {
-        k: jax.make_array_from_process_local_data(sharding, batch[k]) for k in ('video', 'label')
-    }
+    batch = with_text(batch, lookup)
+    return {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}
 
 
 def count_flops(graphdef, stage: stages.Stage, state, frozen, batch) -> float:
-    """Model FLOPs of an update: the trained network's forward pass three times, the frozen
-    autoencoder's once. LPIPS counts as part of the network; recomputation is not counted."""
-    keys = jax.random.split(jax.random.key(0), batch['label'].shape[0])
+    """Model FLOPs of an update: the trained network's forward pass three times, what the frozen
+    ones do once. LPIPS counts as part of the network; recomputation is not counted."""
+    keys = jax.random.split(jax.random.key(0), batch['video'].shape[0])
 
     def forward(params):
         return stage.loss(nnx.merge(graphdef, params), frozen, batch, keys)[0]
 
-    total = 3.0 * flops.count(forward, state.params).flops
-    if 'autoencoder' in frozen:
-        encode = frozen['autoencoder'].encode
-        video = jax.eval_shape(videos.to_float, batch['video'])
-        total -= 2.0 * flops.count(encode, video).flops
-    return total
+    whole = flops.count(forward, state.params).flops
+    fixed = flops.count(stage.frozen_pass, frozen, batch, keys).flops
+    return 3.0 * whole - 2.0 * fixed
 
 
 def describe(name: str, state, mesh, counted: float, compiled, seconds: float):

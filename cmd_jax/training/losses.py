@@ -1,10 +1,12 @@
 """The three stages' losses: `loss(model, frozen, batch, keys)` -> (scalar, metrics).
 
-`batch` holds uint8 video [b t h w 3] and labels [b], or text features [b k] for a network that is
-conditioned on text; `keys` a typed PRNG key for each example;
-`frozen` the networks and arrays that the loss reads and does not train.
+`batch` holds uint8 video [b t h w 3] and what the networks are conditioned on: labels [b], or
+captions in the form that frozen['text'] takes (`texts`); `keys` a typed PRNG key for each example;
+`frozen` the networks and arrays that the loss reads and does not train: 'vae' (in latent mode),
+'autoencoder', 'text', 'statistics', 'lpips', those that the stage needs.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,16 +14,45 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from cmd_jax.diffusion import Process
-from cmd_jax.sampling import noisy_content, normal_like, normalize, split_keys
+from cmd_jax.models.content import ContentDiT
+from cmd_jax.models.motion import MotionDiT
+from cmd_jax.sampling import noisy_content, normal_like, normalize, split_keys, to_frames
+from cmd_jax.stable_diffusion import UNet
 from cmd_jax.training.config import AutoencoderLoss, DiffusionLoss
-from cmd_jax.video import to_float
 
 
-def autoencoder_loss(config: AutoencoderLoss) -> Callable:
-    """Reconstruction: weighted l1, l2 and LPIPS on one random frame of each clip."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frames:
+    """How clips become what the autoencoder sees, (frozen, batch, keys) -> frames.
+
+    Attributes:
+      sampled: latents are drawn from the VAE's posterior; else they are its mean.
+      at_once: frames of each clip that the VAE takes at a time.
+    """
+
+    sampled: bool = False
+    at_once: int = 1
+
+    def __call__(self, frozen: dict, batch: dict, keys: Array) -> Float[Array, 'b t h w c']:
+        if self.sampled:
+            # Not the keys themselves: the losses split those.
+            keys = jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys)
+        return to_frames(
+            frozen.get('vae'),
+            batch['video'],
+            at_once=self.at_once,
+            keys=keys if self.sampled else None,
+        )
+
+
+PIXELS = Frames()
+
+
+def autoencoder_loss(config: AutoencoderLoss, frames: Frames = PIXELS) -> Callable:
+    """Reconstruction: weighted l1, l2 and, of pixels, LPIPS on one random frame of each clip."""
 
     def loss(model, frozen, batch, keys):
-        video = to_float(batch['video'])
+        video = frames(frozen, batch, keys)
         out = model(video).astype(jnp.float32)
         metrics = {'l1': jnp.abs(out - video).mean(), 'l2': ((out - video) ** 2).mean()}
         total = config.l1_weight * metrics['l1'] + config.l2_weight * metrics['l2']
@@ -30,8 +61,9 @@ def autoencoder_loss(config: AutoencoderLoss) -> Callable:
             pick = jax.vmap(lambda clip, i: clip[i])
             metrics['lpips'] = frozen['lpips'](pick(out, frame), pick(video, frame)).mean()
             total = total + config.lpips_weight * metrics['lpips']
-        # The range of the video is 2: peak^2 = 4.
-        metrics['psnr'] = 10 * jnp.log10(4 / metrics['l2'])
+        if 'vae' not in frozen:
+            # The range of pixels is 2: peak^2 = 4.
+            metrics['psnr'] = 10 * jnp.log10(4 / metrics['l2'])
         return total, {'loss': total} | metrics
 
     return loss
@@ -70,23 +102,47 @@ def diffusion_loss(
     return total, {'loss': total} | metrics
 
 
-def content_loss(process: Process, config: DiffusionLoss) -> Callable:
-    """Diffusion of content frames, which are images in [-1, 1]."""
+def given(frozen: dict, batch: dict, keys: Array, frames: Frames) -> tuple[Array, Array, Array]:
+    """Content frames, motion latents and conditions of a batch: all that is not trained."""
+    content, motion = frozen['autoencoder'].encode(frames(frozen, batch, keys))
+    return content, motion, condition_of(frozen, batch)
+
+
+def condition_of(frozen: dict, batch: dict) -> Shaped[Array, 'b *k']:
+    """Labels, or text features."""
+    return frozen['text'](batch['text']) if 'text' in frozen else batch['label']
+
+
+def null_condition(
+    model: ContentDiT | MotionDiT | UNet, frozen: dict, condition: Shaped[Array, 'b *s']
+) -> Shaped[Array, 'b *s']:
+    """No condition: what the network says it is, and the empty prompt for the U-Net."""
+    if isinstance(model, UNet):
+        return jnp.broadcast_to(frozen['text'].null, condition.shape)
+    return model.null_condition(condition)
+
+
+def content_loss(process: Process, config: DiffusionLoss, frames: Frames = PIXELS) -> Callable:
+    """Diffusion of content frames."""
 
     def loss(model, frozen, batch, keys):
-        content = frozen['autoencoder'].encode(to_float(batch['video']))[0]
-        label = batch['label']
-        null = model.null_condition(label)
-        return diffusion_loss(model, process, config, keys, content, label, null, discretized=True)
+        content, _, condition = given(frozen, batch, keys, frames)
+        null = null_condition(model, frozen, condition)
+        pixels = 'vae' not in frozen
+        return diffusion_loss(
+            model, process, config, keys, content, condition, null, discretized=pixels
+        )
 
     return loss
 
 
-def motion_loss(process: Process, config: DiffusionLoss, content_noise: float) -> Callable:
+def motion_loss(
+    process: Process, config: DiffusionLoss, frames: Frames = PIXELS, content_noise: float = 0.0
+) -> Callable:
     """Diffusion of normalised motion latents, given the content frame."""
 
     def loss(model, frozen, batch, keys):
-        content, motion = frozen['autoencoder'].encode(to_float(batch['video']))
+        content, motion, condition = given(frozen, batch, keys, frames)
         keys, content_keys = split_keys(keys, 2)
         content = noisy_content(content_keys, content, content_noise)
         z = normalize(motion, frozen['statistics'])
@@ -94,8 +150,7 @@ def motion_loss(process: Process, config: DiffusionLoss, content_noise: float) -
         def network(z_t, t, condition):
             return model(z_t, t, content, condition)
 
-        condition = batch['text' if model.text_dim else 'label']
-        null = model.null_condition(condition)
+        null = null_condition(model, frozen, condition)
         return diffusion_loss(network, process, config, keys, z, condition, null, discretized=False)
 
     return loss

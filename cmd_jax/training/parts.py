@@ -1,13 +1,17 @@
-"""From a config to networks and processes."""
+"""From a config to networks, processes and the pretrained parts that it names."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from cmd_jax import stable_diffusion
 from cmd_jax.diffusion import Process
+from cmd_jax.errors import UserError
 from cmd_jax.models.autoencoder import VideoAutoencoder
 from cmd_jax.models.content import ContentDiT
 from cmd_jax.models.motion import MotionDiT
+from cmd_jax.stable_diffusion import VAE, StableDiffusion, UNet
 from cmd_jax.training import config as configs
 
 
@@ -18,42 +22,69 @@ def compute_dtype(precision: str):
     return jnp.dtype(precision)
 
 
+def frame_shape(config: configs.Config) -> tuple[int, int, int]:
+    """(height, width, channels) of a frame as the autoencoder sees it: pixels, or latents."""
+    height, width = config.data.height, config.data.width
+    source = config.stable_diffusion.source
+    if not source:
+        return height, width, 3
+    about = stable_diffusion.arguments(source, 'vae')
+    factor = 2 ** (len(about['block_channels']) - 1)
+    for name, size in (('height', height), ('width', width)):
+        if size % factor:
+            raise UserError(
+                f'data.{name}={size}: the VAE of {source} needs multiples of {factor}: change it'
+            )
+    return height // factor, width // factor, about['latent_channels']
+
+
 def make_autoencoder(config: configs.Config, rngs: nnx.Rngs) -> VideoAutoencoder:
-    section, data = config.autoencoder, config.data
+    section = config.autoencoder
+    height, width, channels = frame_shape(config)
     model = vars(section.model) | {'head_dim': section.model.head_dim or None}
     return VideoAutoencoder(
-        frames=data.frames,
-        height=data.height,
-        width=data.width,
-        channels=3,
+        frames=config.data.frames,
+        height=height,
+        width=width,
+        channels=channels,
         **model,
         dtype=compute_dtype(section.train.precision),
         rngs=rngs,
     )
 
 
-def make_content(config: configs.Config, num_classes: int, rngs: nnx.Rngs) -> ContentDiT:
-    section, data = config.content, config.data
+def make_content(config: configs.Config, num_classes: int, rngs: nnx.Rngs) -> ContentDiT | UNet:
+    section = config.content
+    dtype = compute_dtype(section.train.precision)
+    if config.condition == 'text':
+        sizes = stable_diffusion.arguments(config.stable_diffusion.source, 'unet')
+        return UNet(**sizes, remat=section.model.remat, dtype=dtype, rngs=rngs)
+    height, width, channels = frame_shape(config)
     return ContentDiT(
-        height=data.height,
-        width=data.width,
-        channels=3,
+        height=height,
+        width=width,
+        channels=channels,
         num_classes=num_classes,
         learn_sigma=section.process.learn_sigma,
         **vars(section.model),
-        dtype=compute_dtype(section.train.precision),
+        dtype=dtype,
         rngs=rngs,
     )
 
 
 def make_motion(config: configs.Config, num_classes: int, rngs: nnx.Rngs) -> MotionDiT:
-    section, data, patch = config.motion, config.data, config.autoencoder.model.patch
+    section, patch = config.motion, config.autoencoder.model.patch
+    height, width, channels = frame_shape(config)
+    text_dim = 0
+    if config.condition == 'text':
+        text_dim = stable_diffusion.arguments(text_source(config, 'motion'), 'text_encoder')['dim']
     return MotionDiT(
-        frames=data.frames,
-        tokens=data.width // patch + data.height // patch,
+        frames=config.data.frames,
+        tokens=width // patch + height // patch,
         channels=config.autoencoder.model.motion_channels,
-        content_size=(data.height, data.width, 3),
+        content_size=(height, width, channels),
         num_classes=num_classes,
+        text_dim=text_dim,
         learn_sigma=section.process.learn_sigma,
         **vars(section.model),
         dtype=compute_dtype(section.train.precision),
@@ -63,8 +94,8 @@ def make_motion(config: configs.Config, num_classes: int, rngs: nnx.Rngs) -> Mot
 
 def make_network(
     stage: str, config: configs.Config, num_classes: int, rngs: nnx.Rngs
-) -> VideoAutoencoder | ContentDiT | MotionDiT:
-    """The network of the stage of that name."""
+) -> VideoAutoencoder | ContentDiT | UNet | MotionDiT:
+    """The network of the stage of that name; captions as the condition are no classes."""
     if stage == 'autoencoder':
         return make_autoencoder(config, rngs)
     return {'content': make_content, 'motion': make_motion}[stage](config, num_classes, rngs)
@@ -72,3 +103,51 @@ def make_network(
 
 def make_process(section: configs.DiffusionProcess) -> Process:
     return Process(**vars(section))
+
+
+def content_sampling(config: configs.Config) -> dict:
+    """Options of `sampling.draw_content` that follow from what content frames are."""
+    if config.condition == 'text':
+        # Stable Diffusion's conventions.
+        return dict(clip=None, offset=1, final_alpha_one=False)
+    pixels = not config.stable_diffusion.source
+    return dict(clip=1.0 if pixels else None, offset=0, final_alpha_one=True)
+
+
+def check_pretrained(config: configs.Config):
+    """Raises UserError where a U-Net was trained for other frames, or in another process, than the
+    config says."""
+    source = config.stable_diffusion.source
+    channels = stable_diffusion.arguments(source, 'unet')['channels']
+    expected = frame_shape(config)[2]
+    if channels != expected:
+        raise UserError(
+            f'{source}: its U-Net has {channels} channels, the latents of its VAE {expected}'
+        )
+    given, stored = make_process(config.content.process), stable_diffusion.process(source)
+    same = given.prediction == stored.prediction and given.steps == stored.steps
+    if not same or not np.allclose(given.betas, stored.betas) or given.learn_sigma:
+        raise UserError(
+            f'content.process={vars(config.content.process)} is not what {source} was trained with '
+            f'(schedule={stored.schedule}, prediction={stored.prediction}, learn_sigma=False): '
+            'change it'
+        )
+
+
+def text_source(config: configs.Config, stage: str) -> str:
+    """Where the text encoder of a stage is."""
+    if stage == 'motion' and config.motion.text_encoder:
+        return config.motion.text_encoder
+    return config.stable_diffusion.source
+
+
+def load_frozen(source: str, wanted: tuple[str, ...], mesh: jax.sharding.Mesh) -> StableDiffusion:
+    """Some parts of a pipeline, kept in the precision that they compute in."""
+    dtype = compute_dtype('auto')
+    return stable_diffusion.load(source, parts=wanted, dtype=dtype, param_dtype=dtype, mesh=mesh)
+
+
+def load_vae(config: configs.Config, mesh: jax.sharding.Mesh) -> VAE | None:
+    """The VAE of latent mode."""
+    source = config.stable_diffusion.source
+    return load_frozen(source, ('vae',), mesh).vae if source else None

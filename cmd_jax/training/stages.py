@@ -10,20 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cmd_jax import sampling
+from cmd_jax import interop, sampling, stable_diffusion
 from cmd_jax import video as videos
 from cmd_jax.diffusion import timesteps
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
-from cmd_jax.parallel.mesh import replicated
+from cmd_jax.parallel.mesh import path_name, replicated
 from cmd_jax.training import config as configs
-from cmd_jax.training import losses, trained
-from cmd_jax.training.parts import make_network, make_process
+from cmd_jax.training import losses, parts, texts, trained
 
 PREVIEWS = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of training.
 
@@ -31,18 +30,24 @@ class Stage:
       name: 'autoencoder', 'content' or 'motion'.
       train: its optimisation section of the config.
       make_model: rngs -> network.
+      start: () -> {path: array} of the parameters that do not begin at random.
       loss: see `losses`.
-      frozen: networks that the loss reads and does not train.
+      frozen: networks and arrays that the loss reads and does not train.
+      frozen_pass: (frozen, batch, keys) -> what the loss computes with them alone.
+      lookup: captions -> batch['text'], or None where labels are the condition.
       autoencoder_step: of the frozen autoencoder, or None.
-      preview: (network, frozen, real clips uint8 [n t h w 3], labels [n]) -> (videos uint8
-        [m t h w 3] to look at, or images as one-frame videos; how many of them belong together).
+      preview: (network, frozen, batch of real clips) -> (videos uint8 [m t h w 3] to look at, or
+        images as one-frame videos; how many of them belong together).
     """
 
     name: str
     train: configs.Train
     make_model: Callable[[nnx.Rngs], nnx.Module]
+    start: Callable[[], dict]
     loss: Callable
-    frozen: dict[str, nnx.Module]
+    frozen: dict
+    frozen_pass: Callable
+    lookup: Callable | None
     autoencoder_step: int | None
     preview: Callable
 
@@ -50,55 +55,113 @@ class Stage:
 def check(name: str, config: configs.Config, classes: int):
     """Raises UserError for what the config of a stage cannot mean; costs nothing."""
     section = getattr(config, name)
-    nnx.eval_shape(lambda: make_network(name, config, classes, nnx.Rngs(0)))
-    if name != 'autoencoder':
-        timesteps(make_process(section.process), section.sampling.steps, 'leading')
-
-
-def make(name: str, config: configs.Config, workdir: Path, class_names: list[str], mesh) -> Stage:
-    """The stage of that name; the later two read the autoencoder of `workdir`."""
-    section = getattr(config, name)
+    nnx.eval_shape(lambda: parts.make_network(name, config, classes, nnx.Rngs(0)))
     if name == 'autoencoder':
-        frozen = {}
+        return
+    process, offset = parts.make_process(section.process), 0
+    if name == 'content':
+        offset = parts.content_sampling(config)['offset']
+        if config.condition == 'text':
+            parts.check_pretrained(config)
+    timesteps(process, section.sampling.steps, 'leading', offset)
+
+
+def make(
+    name: str,
+    config: configs.Config,
+    workdir: Path,
+    class_names: list[str],
+    captions: list[str] | None,
+    mesh,
+) -> Stage:
+    """The stage of that name; the later two read the autoencoder of `workdir`.
+
+    `class_names` is empty where there are none, or captions are the condition; `captions` are those
+    that the data can have, or None where that is not known.
+    """
+    section = getattr(config, name)
+    at_once = config.stable_diffusion.frames_at_once
+    frames = losses.Frames(sampled=config.stable_diffusion.posterior == 'sample', at_once=at_once)
+    vae = parts.load_vae(config, mesh)
+    frozen = {} if vae is None else {'vae': vae}
+    classes = len(class_names)
+    common = dict(
+        name=name,
+        train=section.train,
+        make_model=lambda rngs: parts.make_network(name, config, classes, rngs),
+    )
+    if name == 'autoencoder':
         if section.loss.lpips_weight:
             frozen['lpips'] = jax.device_put(lpips.load('vgg'), replicated(mesh))
         return Stage(
-            name=name,
-            train=section.train,
-            make_model=lambda rngs: make_network(name, config, 0, rngs),
-            loss=losses.autoencoder_loss(section.loss),
+            **common,
+            start=dict,
+            loss=losses.autoencoder_loss(section.loss, frames),
             frozen=frozen,
+            frozen_pass=frames,
+            lookup=None,
             autoencoder_step=None,
-            preview=preview_autoencoder,
+            preview=functools.partial(preview_autoencoder, at_once),
         )
     autoencoder = trained_autoencoder(config, workdir, mesh)
-    process, classes = make_process(section.process), len(class_names)
+    frozen['autoencoder'] = autoencoder.network
+    text = None
+    if config.condition == 'text':
+        encoder = parts.load_frozen(parts.text_source(config, name), ('text_encoder',), mesh)
+        dtype = parts.compute_dtype(section.train.precision)
+        text = texts.make(encoder, captions, pooled=name == 'motion', dtype=dtype, mesh=mesh)
+        frozen['text'] = text.frozen
+    process = parts.make_process(section.process)
     options = dataclasses.asdict(section.sampling)
-    if not classes:
+    if not classes and text is None:
         options['guidance'] = 1.0
     if name == 'content':
+        options |= parts.content_sampling(config)
         preview = preview_content
-        loss = losses.content_loss(process, section.loss)
+        loss = losses.content_loss(process, section.loss, frames)
     else:
-        preview = preview_motion
-        loss = losses.motion_loss(process, section.loss, section.content_noise)
         options['content_noise'] = section.content_noise
+        preview = preview_motion
+        loss = losses.motion_loss(process, section.loss, frames, section.content_noise)
     return Stage(
-        name=name,
-        train=section.train,
-        make_model=lambda rngs: make_network(name, config, classes, rngs),
+        **common,
+        start=functools.partial(start, name, config, classes, mesh),
         loss=loss,
-        frozen={'autoencoder': autoencoder.network},
+        frozen=frozen,
+        frozen_pass=functools.partial(losses.given, frames=frames),
+        lookup=text and text.lookup,
         autoencoder_step=autoencoder.step,
-        preview=functools.partial(preview, process, options),
+        preview=functools.partial(preview, process, options, at_once),
     )
+
+
+def start(name: str, config: configs.Config, classes: int, mesh) -> dict:
+    """{path: array} of a diffusion network's parameters that do not begin at random."""
+    if name == 'motion':
+        return {}
+    if config.condition == 'text':
+        unet = stable_diffusion.load(config.stable_diffusion.source, parts=('unet',), mesh=mesh)
+        params = nnx.to_pure_dict(nnx.state(unet.unet, nnx.Param))
+        return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    if not config.content.start:
+        return {}
+    height, width, _ = parts.frame_shape(config)
+    sizes = dict(height=height, width=width, num_classes=classes, heads=config.content.model.heads)
+    weights = interop.dit_start(read_state_dict(config.content.start, ('ema', 'model')), **sizes)
+    interop.check_start(
+        weights, nnx.eval_shape(lambda: parts.make_network(name, config, classes, nnx.Rngs(0)))
+    )
+    return weights
 
 
 def trained_autoencoder(config: configs.Config, workdir: Path, mesh) -> trained.Trained:
     """The autoencoder of the run, if it is the one that this config describes."""
     found = trained.load(workdir, 'autoencoder', mesh)
     stored, given = configs.flatten(found.config), configs.flatten(config)
-    fields = ('autoencoder.model.', 'data.frames', 'data.height', 'data.width')
+    fields = (
+        *('autoencoder.model.', 'data.frames', 'data.height', 'data.width'),
+        'stable_diffusion.source',
+    )
     wrong = [
         f'{k}: {stored[k]!r} -> {given[k]!r}'
         for k in given
@@ -118,7 +181,7 @@ def abstract_statistics(channels: int, mesh) -> dict:
     return {'mean': vector, 'std': vector}
 
 
-def measure_statistics(autoencoder: nnx.Module, batches: Iterator[dict], clips: int) -> dict:
+def measure_statistics(frozen: dict, batches: Iterator[dict], clips: int, at_once: int) -> dict:
     """Mean and standard deviation per channel of the motion latents of the first `clips` clips.
 
     Returns {'mean': [d], 'std': [d]} in float32; sums are taken in float64.
@@ -126,8 +189,7 @@ def measure_statistics(autoencoder: nnx.Module, batches: Iterator[dict], clips: 
     count = total = squares = 0
     seen = 0
     while seen < clips:
-        batch = next(batches)
-        motion = np.asarray(sampling.encode_program(autoencoder, batch['video'])[1], np.float64)
+        motion = np.asarray(encode(frozen, next(batches)['video'], at_once)[1], np.float64)
         seen += len(motion)
         flat = motion.reshape(-1, motion.shape[-1])
         count, total, squares = count + len(flat), total + flat.sum(0), squares + (flat**2).sum(0)
@@ -137,31 +199,55 @@ def measure_statistics(autoencoder: nnx.Module, batches: Iterator[dict], clips: 
     return {'mean': jnp.asarray(mean, jnp.float32), 'std': jnp.asarray(std, jnp.float32)}
 
 
-def preview_autoencoder(model, frozen, real, labels):
-    """Real clips, their content frames (held) and their reconstructions."""
-    content, motion = sampling.encode_program(model, real)
-    frame = np.repeat(np.asarray(videos.to_uint8(content))[:, None], real.shape[1], 1)
-    out = np.asarray(sampling.decode_program(model, content, motion))
-    return interleave(real, frame, out), 3
-
-
-def preview_content(process, options, model, frozen, real, labels):
-    """Content frames of real clips, and generated ones of the same classes."""
-    true = sampling.encode_program(frozen['autoencoder'], real)[0]
-    keys = sampling.video_keys(0, 0, len(real))
-    out = sampling.content_program(model, process, keys, jnp.asarray(labels), **options)
-    return interleave(*(np.asarray(videos.to_uint8(x))[:, None] for x in (true, out))), 2
-
-
-def preview_motion(process, options, model, frozen, real, labels):
-    """Real clips, and their content frames with generated motion."""
-    autoencoder = frozen['autoencoder']
-    content = sampling.encode_program(autoencoder, real)[0]
-    keys = sampling.video_keys(0, 0, len(real))
-    motion = sampling.motion_program(
-        model, process, keys, content, jnp.asarray(labels), frozen['statistics'], **options
+def encode(frozen: dict, video, at_once: int):
+    """Content frames and motion latents by the frozen autoencoder."""
+    return sampling.encode_program(
+        frozen['autoencoder'], frozen.get('vae'), jnp.asarray(video), at_once=at_once
     )
-    return interleave(real, np.asarray(sampling.decode_program(autoencoder, content, motion))), 2
+
+
+def conditions(model, frozen: dict, batch: dict):
+    """(condition, null) of a preview's clips."""
+    batch = {name: jnp.asarray(x) for name, x in batch.items() if name != 'video'}
+    condition = losses.condition_of(frozen, batch)
+    return condition, losses.null_condition(model, frozen, condition)
+
+
+def preview_autoencoder(at_once, model, frozen, batch):
+    """Real clips, their content frames (held) and their reconstructions."""
+    real, vae = batch['video'], frozen.get('vae')
+    content, motion = encode(frozen | {'autoencoder': model}, real, at_once)
+    frame = np.asarray(sampling.video_program(vae, content[:, None], at_once=1))
+    frame = np.repeat(frame, real.shape[1], 1)
+    out = sampling.decode_program(model, vae, content, motion, at_once=at_once)
+    return interleave(real, frame, np.asarray(out)), 3
+
+
+def preview_content(process, options, at_once, model, frozen, batch):
+    """Content frames of real clips, and generated ones of the same condition."""
+    true = encode(frozen, batch['video'], at_once)[0]
+    keys = sampling.video_keys(0, 0, len(true))
+    out = sampling.content_program(
+        model, process, keys, *conditions(model, frozen, batch), true.shape[1:], **options
+    )
+    shown = [sampling.video_program(frozen.get('vae'), x[:, None], at_once=1) for x in (true, out)]
+    return interleave(*map(np.asarray, shown)), 2
+
+
+def preview_motion(process, options, at_once, model, frozen, batch):
+    """Real clips, and their content frames with generated motion."""
+    content = encode(frozen, batch['video'], at_once)[0]
+    keys = sampling.video_keys(0, 0, len(content))
+    motion = sampling.motion_program(
+        *(model, process, keys, content),
+        *conditions(model, frozen, batch),
+        frozen['statistics'],
+        **options,
+    )
+    out = sampling.decode_program(
+        frozen['autoencoder'], frozen.get('vae'), content, motion, at_once=at_once
+    )
+    return interleave(batch['video'], np.asarray(out)), 2
 
 
 def interleave(*rows: np.ndarray) -> np.ndarray:
@@ -180,12 +266,9 @@ def write_preview(folder: Path, step: int, out: np.ndarray, together: int):
     videos.write(folder / f'{step:07d}.mp4', videos.grid(out, columns=2 * together), scale=scale)
 
 
-def preview_clips(source) -> tuple[np.ndarray, np.ndarray]:
-    """The first clips and labels of a source: always the same."""
+def preview_clips(source) -> dict[str, np.ndarray]:
+    """The first clips of a source as a batch: always the same."""
     clips = [clip for i in range(min(PREVIEWS, len(source))) if (clip := source[i]) is not None]
     if not clips:
         raise UserError('no clip of the test split can be decoded')
-    return (
-        np.stack([clip['video'] for clip in clips]),
-        np.asarray([clip['label'] for clip in clips], np.int32),
-    )
+    return {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}

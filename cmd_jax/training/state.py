@@ -74,20 +74,24 @@ def prepare(
     make_model: Callable[[nnx.Rngs], nnx.Module],
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-) -> tuple[nnx.GraphDef, TrainState, Callable[[jax.Array], TrainState]]:
-    """(graph of the model, the state's shapes and shardings, key -> initial state).
+) -> tuple[nnx.GraphDef, TrainState, Callable[[jax.Array, dict], TrainState]]:
+    """(graph of the model, the state's shapes and shardings, initial state).
 
-    Nothing is allocated: a run that goes on restores into the shapes. Initial parameters are made
-    where they will lie: no device ever holds the whole of a sharded model.
+    Nothing is allocated: a run that goes on restores into the shapes. The initial state is made of
+    a key and of {path: array}, parameters that do not begin at random. It is made where it will
+    lie: no device ever holds the whole of a sharded model.
     """
     graphdef = nnx.split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), nnx.Param)[0]
 
-    def init(key):
+    def init(key, start):
         params = nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(key)), nnx.Param))
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: start.get(path_name(path), x).astype(x.dtype), params
+        )
         zero = jnp.int32(0)
         return TrainState(zero, zero, zero, params, params, tx.init(params))
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.random.key(0), {})
     params = param_sharding(shapes.params, mesh)
     everywhere = replicated(mesh)
     # Every slot of the optimizer lies like the parameter that it mirrors.
@@ -102,7 +106,7 @@ def prepare(
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
     )
-    return graphdef, abstract, jax.jit(init, out_shardings=sharding)
+    return graphdef, abstract, jax.jit(init, out_shardings=sharding, donate_argnames='start')
 
 
 def train_step(

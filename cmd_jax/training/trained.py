@@ -61,8 +61,18 @@ def save_inputs(folder: Path, class_names: list[str], autoencoder_step: int | No
     (folder / 'inputs.json').write_text(json.dumps(inputs) + '\n')
 
 
-def load(workdir: str | Path, stage: str, mesh: jax.sharding.Mesh) -> Trained:
+def load(
+    workdir: str | Path,
+    stage: str,
+    mesh: jax.sharding.Mesh,
+    stable_diffusion: str | Path | None = None,
+) -> Trained:
     """A stage of a run, its network placed on the mesh.
+
+    Args:
+      workdir, stage: where it is.
+      mesh: where its parameters are placed.
+      stable_diffusion: where the pretrained image model is now; None: where it was in training.
 
     Raises:
       UserError: if the stage is missing or not trained to its last step; names the command.
@@ -72,6 +82,9 @@ def load(workdir: str | Path, stage: str, mesh: jax.sharding.Mesh) -> Trained:
     if not (folder / 'inputs.json').exists():
         raise UserError(f'{workdir} has no trained {stage}: {command}')
     config = configs.load(folder / 'config.json')
+    if stable_diffusion is not None:
+        section = dataclasses.replace(config.stable_diffusion, source=str(stable_diffusion))
+        config = dataclasses.replace(config, stable_diffusion=section)
     inputs = json.loads((folder / 'inputs.json').read_text())
     classes = len(inputs['class_names'])
     abstract = nnx.eval_shape(lambda: make_network(stage, config, classes, nnx.Rngs(0)))

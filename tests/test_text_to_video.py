@@ -1,0 +1,397 @@
+"""Latent mode and text, from end to end: training, prompts, pictures, what can go wrong."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from absl import logging
+from flax import nnx
+
+import cmd_jax
+from cmd_jax import stable_diffusion, video
+from cmd_jax.errors import UserError
+from cmd_jax.parallel import mesh as meshes
+from cmd_jax.stable_diffusion import make as maker
+from cmd_jax.stable_diffusion import make_vae
+from cmd_jax.training import config as configs
+from cmd_jax.training import loop, losses, parts, stages, texts
+from tests import state_dicts, tiny
+from tests.test_generate import one_error, script
+
+PROMPTS = ['a three moving up', 'an eight moving down and left']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A small pipeline, all of its weights random."""
+    path = tmp_path_factory.mktemp('sd') / 'tiny'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_vae, 'train', lambda vae, steps, seed: vae)
+        maker.make(path, 'tiny')
+    return path
+
+
+def tree(folder, stage='all', **changes) -> dict:
+    """The config of a run of seconds on 16 x 24 pixels, 4 x 6 latents, as a nested dict."""
+    tree = tiny.shipped('text_to_video', f'{stage},tiny')
+    tree['data'].update(frames=4, height=16, width=24)
+    tree['stable_diffusion'].update(source=str(folder), frames_at_once=3)
+    tree['autoencoder']['model'].update(dim=16, depth=1, heads=2)
+    tree['motion']['model'].update(dim=16, depth=1, heads=2)
+    tree['motion']['statistics_clips'] = 16
+    for part in configs.STAGES:
+        tree[part]['train'].update(batch_size=8, steps=4, log_every=1, warmup_steps=2)
+    for part in ('content', 'motion'):
+        tree[part]['sampling']['steps'] = 2
+    for path, value in changes.items():
+        *sections, name = path.split('__')
+        section = tree
+        for word in sections:
+            section = section[word]
+        section[name] = value
+    return tree
+
+
+@pytest.fixture(scope='module')
+def run(folder, tmp_path_factory):
+    """A run on eight devices, latents drawn from the posterior."""
+    workdir = tmp_path_factory.mktemp('run')
+    changes = dict(stable_diffusion__posterior='sample', mesh__data=2, mesh__fsdp=4)
+    loop.train(configs.parse(tree(folder, **changes)), workdir)
+    return workdir
+
+
+@pytest.fixture(scope='module')
+def generator(run):
+    return cmd_jax.load(run)
+
+
+@pytest.fixture(scope='module')
+def steered(run):
+    """The same with noise in the networks: what a few steps from zero-initialised layers have
+    learned is too faint for bytes."""
+    generator = cmd_jax.load(run)
+    networks = generator.autoencoder, generator.content, generator.motion
+    for seed, network in enumerate(networks):
+        params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+        noise = optax.tree.random_like(jax.random.key(seed), params)
+        nnx.update(network, jax.tree.map(lambda p, n: p + 0.1 * n, params, noise))
+    return generator
+
+
+def different(a, b):
+    return np.abs(a.astype(int) - b).max() > 1
+
+
+def test_run_has_what_a_run_has(run):
+    for stage in configs.STAGES:
+        names = {p.name for p in (run / stage / 'previews').iterdir()}
+        assert '0000004.png' in names
+        records = [json.loads(line) for line in (run / stage / 'metrics.jsonl').open()]
+        assert all(np.isfinite(r['loss']) and r['skipped'] == 0 for r in records)
+        assert 'psnr' not in records[0]  # of latents it would mean nothing
+    assert json.loads((run / 'content' / 'inputs.json').read_text())['class_names'] == []
+
+
+def test_content_begins_with_the_pretrained_network(folder):
+    pipeline = stable_diffusion.load(folder, parts=('unet',))
+    mesh = meshes.make_mesh()
+    config = configs.parse(tree(folder))
+    start = stages.start('content', config, 0, mesh)
+    make = lambda rngs: parts.make_network('content', config, 0, rngs)  # noqa: E731
+    graphdef, _, init = loop.states.prepare(make, loop.states.optimizer(config.content.train), mesh)
+    state = init(jax.random.key(0), start)
+    stored = nnx.to_pure_dict(nnx.state(pipeline.unet, nnx.Param))
+    for tree_ in (state.params, state.ema):
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), tree_, stored))
+
+
+def test_prompts_make_videos(steered):
+    videos = steered(prompt=PROMPTS, num_videos=3, seed=1)
+    assert videos.shape == (3, 4, 16, 24, 3) and videos.dtype == np.uint8
+    one = steered(prompt=PROMPTS[0], seed=1)
+    # Another batch size multiplies in another order: a rounding step of the uint8 at most.
+    assert not different(one[0], videos[0])
+    assert not different(steered(prompt=PROMPTS, num_videos=3, seed=1, batch_size=2), videos)
+    assert different(steered(prompt=PROMPTS[1], seed=1)[0], videos[0])
+    assert different(steered(prompt=PROMPTS[0], seed=2)[0], videos[0])
+
+
+def test_guidance_and_negative_prompts(steered, caplog):
+    plain = steered(prompt=PROMPTS[0], guidance=1.0)
+    caplog.set_level('WARNING')
+    logging.get_absl_logger().addHandler(caplog.handler)
+    negative = steered(prompt=PROMPTS[0], guidance=1.0, negative_prompt='a nine')
+    assert 'no effect' in caplog.text and (plain == negative).all()
+    guided = steered(prompt=PROMPTS[0], guidance=5.0)
+    assert different(guided, plain)
+    assert different(steered(prompt=PROMPTS[0], guidance=5.0, motion_guidance=1.0), guided)
+    assert different(
+        steered(prompt=PROMPTS[0], guidance=5.0, negative_prompt='a nine moving left'), guided
+    )
+    content_alone = dict(guidance=5.0, motion_guidance=1.0)
+    assert different(
+        steered(prompt=PROMPTS[0], negative_prompt='a nine', **content_alone),
+        steered(prompt=PROMPTS[0], **content_alone),
+    )
+
+
+def test_no_guidance_is_the_conditional_network(steered):
+    """Guidance 1 draws what the network says under the prompt, and nothing else."""
+    from cmd_jax import sampling
+
+    asked = steered.conditions(None, PROMPTS, '', None)
+    options = steered.options(guidance=1.0)['content']
+    keys = sampling.video_keys(0, 0, 2)
+    args = (steered.content, steered.content_process, keys, asked.content)
+    drawn = sampling.content_program(*args, asked.content_null, (4, 6, 4), **options)
+    noise = sampling.normal_like(sampling.split_keys(keys, 5)[0], jnp.zeros((2, 4, 6, 4)))
+    wanted = cmd_jax.diffusion.sample(
+        lambda x, t: steered.content(x, t, asked.content),
+        noise,
+        steered.content_process,
+        steps=2,
+        offset=1,
+        final_alpha_one=False,
+    )
+    np.testing.assert_allclose(drawn, wanted, atol=1e-4)
+
+
+def test_pictures_come_to_life(steered, caplog):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    videos = steered.animate(image=picture, n=2, prompt=PROMPTS[0])
+    assert videos.shape == (2, 4, 16, 24, 3) and different(videos[0], videos[1])
+    assert not different(steered.animate(picture, n=2, prompt=PROMPTS[0]), videos)
+    assert different(steered.animate(picture, n=2, prompt=PROMPTS[1]), videos)
+    assert steered.animate(picture, n=1).shape[0] == 1
+    caplog.set_level('WARNING')
+    logging.get_absl_logger().addHandler(caplog.handler)
+    large = steered.animate(image=np.repeat(np.repeat(picture, 2, 0), 2, 1), n=2)
+    assert 'image of 32 x 48' in caplog.text and large.shape == videos.shape
+    for arguments, words in (
+        (dict(content=picture[:8]), r'\(8, 24, 3\): this run needs \(16, 24, 3\)'),
+        (dict(), 'content or image'),
+        (dict(content=picture, image=picture), 'content or image'),
+        (dict(image=picture[..., 0]), r'\(16, 24\): give RGB'),
+        (dict(image=picture / 255.0), 'float64'),
+    ):
+        with cmd_jax_unchecked(), pytest.raises(UserError, match=words):
+            steered.animate(**arguments)
+
+
+def cmd_jax_unchecked():
+    """Signatures unchecked, as at a user's."""
+    import contextlib
+
+    import jaxtyping
+
+    @contextlib.contextmanager
+    def unchecked():
+        jaxtyping.config.update('jaxtyping_disable', True)
+        yield
+        jaxtyping.config.update('jaxtyping_disable', False)
+
+    return unchecked()
+
+
+def test_reconstruct_goes_through_the_vae(generator):
+    clips = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 24, 3), dtype=np.uint8)
+    vae = generator.stable_diffusion.vae
+    frames = video.to_float(clips).reshape(8, 16, 24, 3)
+    latents = vae.moments(jnp.asarray(frames))[0] * vae.scaling_factor
+    out = generator.autoencoder(latents.reshape(2, 4, 4, 6, 4)).reshape(8, 4, 6, 4)
+    wanted = video.to_uint8(vae.decode(out / vae.scaling_factor)).reshape(clips.shape)
+    assert not different(generator.reconstruct(clips), np.asarray(wanted))
+    assert generator.content_frames(clips).shape == (2, 16, 24, 3)
+
+
+def test_export_is_a_pipeline_with_the_trained_network(generator, folder, tmp_path):
+    generator.export(tmp_path / 'out')
+    ours = stable_diffusion.load(tmp_path / 'out')
+    stored = nnx.to_pure_dict(nnx.state(ours.unet, nnx.Param))
+    trained = nnx.to_pure_dict(nnx.state(generator.content, nnx.Param))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), stored, trained))
+    pretrained = nnx.to_pure_dict(
+        nnx.state(stable_diffusion.load(folder, parts=('unet',)).unet, nnx.Param)
+    )
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), stored, pretrained)
+    assert sum(jax.tree.leaves(moved)) > 0.9 * len(jax.tree.leaves(moved))
+    assert ours.vae is not None and ours.text_encoder is not None
+
+
+def test_run_finds_a_pipeline_that_has_moved(run, folder, generator, tmp_path):
+    shutil.copytree(folder, tmp_path / 'moved')
+    moved = cmd_jax.load(run, stable_diffusion=tmp_path / 'moved')
+    videos = [g(prompt=PROMPTS[0], seed=3) for g in (moved, generator)]
+    assert not different(*videos)
+    with pytest.raises(UserError, match='nowhere'):
+        cmd_jax.load(run, stable_diffusion=tmp_path / 'nowhere')
+
+
+def test_table_and_encoder_give_the_same(folder):
+    """Captions encoded once or in each step; the prompts' own hidden states and means."""
+    encoder = stable_diffusion.load(folder, parts=('text_encoder',))
+    captions = [*PROMPTS, 'a zero moving left']
+    kwargs = dict(dtype=jnp.float32, mesh=meshes.make_mesh())
+    for pooled in (False, True):
+        made = [
+            texts.make(encoder, given, pooled=pooled, table_bytes=size, **kwargs)
+            for given, size in ((captions, 2**29), (captions, 10), (None, 2**29))
+        ]
+        assert [type(m.frozen) for m in made] == [texts.Table, texts.Encode, texts.Encode]
+        asked = captions[::-1]
+        features = [m.frozen(jnp.asarray(m.lookup(asked))) for m in made]
+        for other in features[1:]:
+            np.testing.assert_allclose(features[0], other, atol=1e-5)
+        assert np.abs(features[0][0] - features[0][1]).max() > 1e-2
+        np.testing.assert_allclose(made[0].frozen.null, made[1].frozen.null, atol=1e-5)
+        assert made[0].frozen.null.shape == features[0].shape[1:]
+
+
+def test_dropped_text_is_the_empty_prompt(folder):
+    """The U-Net is trained without text on what Stable Diffusion takes for none."""
+    config = configs.parse(tree(folder))
+    seen = {}
+
+    class Network(stable_diffusion.UNet):
+        def __init__(self):
+            pass
+
+        def __call__(self, x, t, text):
+            seen['text'] = text
+            return x
+
+    encoder = stable_diffusion.load(folder, parts=('text_encoder',))
+    text = texts.make(encoder, PROMPTS, pooled=False, dtype=jnp.float32, mesh=meshes.make_mesh())
+    frozen = {
+        'vae': stable_diffusion.load(folder, parts=('vae',)).vae,
+        'autoencoder': parts.make_autoencoder(config, nnx.Rngs(0)),
+        'text': text.frozen,
+    }
+    batch = {
+        'video': jnp.zeros((2, 4, 16, 24, 3), jnp.uint8),
+        'text': jnp.asarray(text.lookup(PROMPTS)),
+    }
+    for drop, wanted in ((0.0, PROMPTS), (1.0, ['', ''])):
+        section = dataclasses.replace(config.content.loss, label_drop=drop)
+        process = parts.make_process(config.content.process)
+        loss = losses.content_loss(process, section, losses.Frames(at_once=4))
+        loss(Network(), frozen, batch, jax.random.split(jax.random.key(0), 2))
+        np.testing.assert_allclose(seen['text'], encoder.encode(wanted)[0], atol=1e-5)
+
+
+def test_sample_script(run, tmp_path):
+    flags = [f'--workdir={run}', '--prompt=a two moving up', '--prompt=a six', '--num_videos=3']
+    code, stderr = script('sample.py', *flags, '--negative_prompt=blurry', f'--out={tmp_path}/a')
+    assert code == 0, stderr[-2000:]
+    record = json.loads((tmp_path / 'a' / 'samples.json').read_text())
+    assert [v['prompt'] for v in record['videos']] == ['a two moving up', 'a six'] + [
+        'a two moving up'
+    ]
+    assert record['negative_prompt'] == 'blurry' and record['content']['guidance'] == 4.0
+    picture = np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8)
+    video.write_image(tmp_path / 'picture.png', picture)
+    flags = [f'--workdir={run}', '--prompt=a two', f'--image={tmp_path}/picture.png']
+    code, stderr = script('sample.py', *flags, '--num_videos=2', f'--out={tmp_path}/b')
+    assert code == 0, stderr[-2000:]
+    assert 'image of 20 x 50' in stderr
+    assert len(json.loads((tmp_path / 'b' / 'samples.json').read_text())['videos']) == 2
+    one_error(script('sample.py', f'--workdir={run}'), 'prompt is missing')
+    one_error(script('sample.py', f'--workdir={run}', '--labels=3'), '--prompt')
+
+
+def test_prompts_that_do_not_suit_the_run(generator, run):
+    for arguments, words in (
+        (dict(labels=[3]), 'takes a prompt'),
+        (dict(), 'prompt is missing'),
+        (dict(prompt=[]), 'prompt is empty'),
+    ):
+        with pytest.raises(UserError, match=words):
+            generator(**arguments)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        (dict(stable_diffusion__source=''), "condition='text' needs a Stable Diffusion"),
+        (dict(stable_diffusion__source='/nowhere/a'), '/nowhere/a is neither a folder'),
+        (dict(content__process__prediction='epsilon'), 'prediction=v'),
+        (dict(content__process__schedule='linear'), 'schedule=scaled_linear'),
+        (dict(content__model__remat='attention'), "remat='attention'"),
+        (dict(content__start='dit.pt'), "content.start='dit.pt'"),
+        (dict(autoencoder__loss__lpips_weight=1.0), 'lpips_weight=1.0'),
+        (dict(autoencoder__model__output='sigmoid'), "output='sigmoid'"),
+        (dict(data__height=18), 'data.height=18'),
+        (dict(condition='class', motion__text_encoder='x'), "motion.text_encoder='x'"),
+        (dict(condition='txt'), "condition='txt' is unknown: did you mean 'text'"),
+    ],
+)
+def test_configs_that_cannot_be(folder, tmp_path, changes, words):
+    with pytest.raises(UserError) as e:
+        loop.train(configs.parse(tree(folder, **changes)), tmp_path)
+    assert words in str(e.value)
+    assert not list(tmp_path.rglob('*.json'))
+
+
+@pytest.mark.parametrize('stage', configs.STAGES)
+@pytest.mark.parametrize(('family', 'content'), [('sd15', 859.5), ('sd21', 865.9)])
+def test_full_size_stages(family, content, stage, tmp_path):
+    """The paper's sizes; every parameter has a rule, and nothing above 1 MB is on all devices."""
+    maker.describe(tmp_path, family)
+    tree = tiny.shipped('text_to_video', f'{family},{stage}')
+    assert (tree['stage'], tree['stable_diffusion']['source']) == (stage, family)
+    tree['stable_diffusion']['source'] = str(tmp_path)
+    if family == 'sd15':
+        assert tree['motion']['text_encoder'] == 'sd21'
+        tree['motion']['text_encoder'] = str(tmp_path)
+    config = configs.parse(tree)
+    assert parts.frame_shape(config) == (64, 128 if family == 'sd21' else 64, 4)
+    stages.check(stage, config, 0)
+    model = nnx.eval_shape(lambda: parts.make_network(stage, config, 0, nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    count = sum(x.size for x in jax.tree.leaves(params)) / 1e6
+    low, high = {'autoencoder': (47, 48), 'motion': (673, 678)}.get(stage, (content, content + 0.1))
+    assert low <= count <= high, count
+    sharding = meshes.param_sharding(params, meshes.make_mesh(fsdp=8))
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        assert meshes.rule(meshes.path_name(path)) < len(meshes.PARAMS) - 1
+    large = jax.tree.map(lambda x, s: x.size * 4 <= 2**20 or any(s.spec), params, sharding)
+    assert all(jax.tree.leaves(large))
+
+
+def test_classes_on_latents(folder, tmp_path):
+    """ContentDiT in latent mode, started from a DiT of other classes and another size."""
+    changes = dict(
+        condition='class',
+        content__model=dict(patch=2, dim=16, depth=1, heads=2, rotary=False, remat='none'),
+        content__process=dict(schedule='linear', prediction='epsilon', learn_sigma=True),
+    )
+    start = state_dicts.dit_dict(dim=16, depth=1, patch=2, channels=4, tokens=4, classes=7)
+    safetensors.numpy.save_file(start, tmp_path / 'dit.safetensors')
+    changes['content__start'] = str(tmp_path / 'dit.safetensors')
+    config = configs.parse(tree(folder, **changes))
+    given = stages.start('content', config, 10, meshes.make_mesh())
+    np.testing.assert_array_equal(
+        given['time_embed/out/kernel'], start['t_embedder.mlp.2.weight'].T
+    )
+    # Ten classes rather than seven; 2 x 3 patches rather than 2 x 2.
+    assert not {'label_embed/embedding', 'positions/position'} & set(given)
+    with pytest.raises(UserError, match='content.model.dim=32'):
+        wrong = tree(folder, **changes)
+        wrong['content']['model']['dim'] = 32
+        stages.start('content', configs.parse(wrong), 10, meshes.make_mesh())
+    loop.train(config, tmp_path)
+    generator = cmd_jax.load(tmp_path)
+    assert generator([3, 1]).shape == (2, 4, 16, 24, 3)
+    assert len(generator.class_names) == 10 and generator.stable_diffusion.unet is None
+    with pytest.raises(UserError, match='not conditioned on text'):
+        generator(prompt='a three')
+    with pytest.raises(UserError, match='run on text'):
+        generator.export(tmp_path / 'out')
