@@ -237,7 +237,7 @@ def test_a_checkpoint_without_a_place_in_the_data(tmp_path):
     mesh = make_mesh()
     tx = optax.sgd(0.1)
     _, abstract, init = states.prepare(lambda rngs: nnx.Linear(2, 3, rngs=rngs), tx, mesh)
-    state = init(jax.random.key(0))
+    state = init(jax.random.key(0), {})
     numbers = list(range(5))
 
     def iterator(skipped):

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from absl import logging
 from flax import nnx
 
 import cmd_jax
@@ -18,7 +17,7 @@ from cmd_jax import stable_diffusion, video
 from cmd_jax.errors import UserError
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.stable_diffusion import make as maker
-from cmd_jax.stable_diffusion import make_vae
+from cmd_jax.stable_diffusion import make_vae, weights
 from cmd_jax.training import config as configs
 from cmd_jax.training import loop, losses, parts, stages, texts
 from tests import state_dicts, tiny
@@ -125,8 +124,7 @@ def test_prompts_make_videos(steered):
 
 def test_guidance_and_negative_prompts(steered, caplog):
     plain = steered(prompt=PROMPTS[0], guidance=1.0)
-    caplog.set_level('WARNING')
-    logging.get_absl_logger().addHandler(caplog.handler)
+    caplog.set_level('WARNING', 'absl')
     negative = steered(prompt=PROMPTS[0], guidance=1.0, negative_prompt='a nine')
     assert 'no effect' in caplog.text and (plain == negative).all()
     guided = steered(prompt=PROMPTS[0], guidance=5.0)
@@ -171,8 +169,7 @@ def test_pictures_come_to_life(steered, caplog):
     assert not different(steered.animate(picture, n=2, prompt=PROMPTS[0]), videos)
     assert different(steered.animate(picture, n=2, prompt=PROMPTS[1]), videos)
     assert steered.animate(picture, n=1).shape[0] == 1
-    caplog.set_level('WARNING')
-    logging.get_absl_logger().addHandler(caplog.handler)
+    caplog.set_level('WARNING', 'absl')
     large = steered.animate(image=np.repeat(np.repeat(picture, 2, 0), 2, 1), n=2)
     assert 'image of 32 x 48' in caplog.text and large.shape == videos.shape
     for arguments, words in (
@@ -233,6 +230,28 @@ def test_run_finds_a_pipeline_that_has_moved(run, folder, generator, tmp_path):
     assert not different(*videos)
     with pytest.raises(UserError, match='nowhere'):
         cmd_jax.load(run, stable_diffusion=tmp_path / 'nowhere')
+
+
+def test_motion_has_a_text_encoder_of_its_own(run, folder, tmp_path):
+    """A folder with nothing but an encoder, of another width than the pipeline's."""
+    wide = tmp_path / 'wide'
+    shutil.copytree(folder / 'tokenizer', wide)
+    sizes = json.loads((folder / 'text_encoder' / 'config.json').read_text()) | dict(hidden_size=32)
+    maker.write_json(wide / 'config.json', sizes)
+    rng = np.random.default_rng(0)
+    arguments = stable_diffusion.arguments(wide, 'text_encoder')
+    encoder = maker.draw(stable_diffusion.TextEncoder, arguments, maker.RULES, rng)
+    weights.save(encoder, wide / 'model.safetensors')
+    for part in ('autoencoder', 'content'):
+        shutil.copytree(run / part, tmp_path / 'run' / part)
+    changes = dict(stable_diffusion__posterior='sample', motion__text_encoder=str(wide))
+    loop.train(configs.parse(tree(folder, 'motion', **changes)), tmp_path / 'run')
+    generator = cmd_jax.load(tmp_path / 'run')
+    assert generator.motion.text_dim == 32 and generator.stable_diffusion.text_encoder.dim == 64
+    asked = generator.conditions(None, PROMPTS, '', None)
+    assert asked.content.shape == (2, 77, 64) and asked.motion.shape == (2, 32)
+    assert not np.asarray(asked.motion_null).any() and np.asarray(asked.content_null).any()
+    assert generator(prompt=PROMPTS).shape == (2, 4, 16, 24, 3)
 
 
 def test_table_and_encoder_give_the_same(folder):

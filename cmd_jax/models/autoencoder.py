@@ -209,12 +209,12 @@ class VideoAutoencoder(nnx.Module):
         self.width_head = linear(dim, motion_channels, **f32)
         self.height_head = linear(dim, motion_channels, **f32)
         self.content_embed = linear(pixels, dim, dtype=dtype, rngs=rngs)
-        self.width_embed = linear(motion_channels, dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
-        self.height_embed = linear(motion_channels, dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        # Latents begin at their mean, and without motion: from a random start, several times as far
+        # from them as that, the motion latent is driven into the ends of its tanh and stays there.
+        begin = {'kernel_init': zeros} if output == 'linear' else {}
+        self.width_embed = linear(motion_channels, dim, dtype=dtype, rngs=rngs, **begin)
+        self.height_embed = linear(motion_channels, dim, dtype=dtype, rngs=rngs, **begin)
         self.decoder = backbone()
-        # Latents begin at their mean: from a random start, several times as far from them as that,
-        # the motion latent is driven into the ends of its tanh and stays there.
-        begin = {'kernel_init': nnx.initializers.zeros} if output == 'linear' else {}
         self.output_head = linear(dim, pixels, **begin, **f32)
 
     @property

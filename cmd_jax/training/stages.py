@@ -15,7 +15,8 @@ from cmd_jax import video as videos
 from cmd_jax.diffusion import timesteps
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
-from cmd_jax.parallel.mesh import path_name, replicated
+from cmd_jax.interop.files import read_state_dict
+from cmd_jax.parallel.mesh import param_sharding, path_name, replicated
 from cmd_jax.training import config as configs
 from cmd_jax.training import losses, parts, texts, trained
 
@@ -151,7 +152,7 @@ def start(name: str, config: configs.Config, classes: int, mesh) -> dict:
     interop.check_start(
         weights, nnx.eval_shape(lambda: parts.make_network(name, config, classes, nnx.Rngs(0)))
     )
-    return weights
+    return jax.device_put(weights, param_sharding(weights, mesh))
 
 
 def trained_autoencoder(config: configs.Config, workdir: Path, mesh) -> trained.Trained:
