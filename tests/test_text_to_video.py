@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 
 import jax
@@ -84,6 +85,14 @@ def steered(run):
     return generator
 
 
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """Messages of absl, which keeps them from the root logger."""
+    monkeypatch.setattr(logging.getLogger('absl'), 'propagate', True)
+    caplog.set_level('WARNING', 'absl')
+    return caplog
+
+
 def different(a, b):
     return np.abs(a.astype(int) - b).max() > 1
 
@@ -122,11 +131,10 @@ def test_prompts_make_videos(steered):
     assert different(steered(prompt=PROMPTS[0], seed=2)[0], videos[0])
 
 
-def test_guidance_and_negative_prompts(steered, caplog):
+def test_guidance_and_negative_prompts(steered, log):
     plain = steered(prompt=PROMPTS[0], guidance=1.0)
-    caplog.set_level('WARNING', 'absl')
     negative = steered(prompt=PROMPTS[0], guidance=1.0, negative_prompt='a nine')
-    assert 'no effect' in caplog.text and (plain == negative).all()
+    assert 'no effect' in log.text and (plain == negative).all()
     guided = steered(prompt=PROMPTS[0], guidance=5.0)
     assert different(guided, plain)
     assert different(steered(prompt=PROMPTS[0], guidance=5.0, motion_guidance=1.0), guided)
@@ -161,7 +169,7 @@ def test_no_guidance_is_the_conditional_network(steered):
     np.testing.assert_allclose(drawn, wanted, atol=1e-4)
 
 
-def test_pictures_come_to_life(steered, caplog):
+def test_pictures_come_to_life(steered, log):
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)
     videos = steered.animate(image=picture, n=2, prompt=PROMPTS[0])
@@ -169,9 +177,8 @@ def test_pictures_come_to_life(steered, caplog):
     assert not different(steered.animate(picture, n=2, prompt=PROMPTS[0]), videos)
     assert different(steered.animate(picture, n=2, prompt=PROMPTS[1]), videos)
     assert steered.animate(picture, n=1).shape[0] == 1
-    caplog.set_level('WARNING', 'absl')
     large = steered.animate(image=np.repeat(np.repeat(picture, 2, 0), 2, 1), n=2)
-    assert 'image of 32 x 48' in caplog.text and large.shape == videos.shape
+    assert 'image of 32 x 48' in log.text and large.shape == videos.shape
     for arguments, words in (
         (dict(content=picture[:8]), r'\(8, 24, 3\): this run needs \(16, 24, 3\)'),
         (dict(), 'content or image'),
