@@ -54,8 +54,6 @@ def main():
     )
     options = generator.options(**settings)
     out = writable('--out', OUT.value or Path(WORKDIR.value) / 'samples')
-    labels = [a['label'] for a in about] if generator.class_names else None
-    prompts = [a['prompt'] for a in about] if generator.text else None
     common = dict(
         negative_prompt=NEGATIVE_PROMPT.value, seed=SEED.value, batch_size=BATCH_SIZE.value
     )
@@ -64,13 +62,16 @@ def main():
         videos = generator.animate(
             image=image,
             n=len(about),
-            label=labels and labels[0],
-            prompt=prompts and prompts[0],
+            label=about[0].get('label'),
+            prompt=about[0].get('prompt'),
             sampler=SAMPLER.value,
-            **{k: options['motion'][k] for k in ('steps', 'guidance')},
+            steps=MOTION_STEPS.value or STEPS.value,
+            guidance=GUIDANCE.value if MOTION_GUIDANCE.value is None else MOTION_GUIDANCE.value,
             **common,
         )
     else:
+        labels = [entry['label'] for entry in about] if generator.class_names else None
+        prompts = [entry['prompt'] for entry in about] if generator.text else None
         videos = generator(labels, prompt=prompts, num_videos=len(about), **settings, **common)
     scale = max(1, 128 // videos.shape[2])
     used = {
@@ -80,6 +81,8 @@ def main():
     record = {'seed': SEED.value, **used, 'checkpoint_steps': generator.steps, 'videos': []}
     if generator.text:
         record['negative_prompt'] = NEGATIVE_PROMPT.value
+    if IMAGE.value:
+        record['image'] = IMAGE.value
     for i, (clip, entry) in enumerate(zip(videos, about, strict=True)):
         name = f'{i:04d}.mp4'
         video.write(out / name, clip, fps=FPS.value, scale=scale)
@@ -103,9 +106,12 @@ def drawn(generator) -> list[dict]:
     if generator.text:
         if LABELS.value:
             raise UserError('--labels: this run takes --prompt instead')
-        return [{'prompt': prompt} for prompt in check_prompts(PROMPT.value, count)]
-    if PROMPT.value or NEGATIVE_PROMPT.value:
+    elif PROMPT.value or NEGATIVE_PROMPT.value:
         raise UserError('--prompt: this run is not conditioned on text')
+    if IMAGE.value and not asked:
+        return [{}] * count
+    if generator.text:
+        return [{'prompt': prompt} for prompt in check_prompts(PROMPT.value, count)]
     labels = asked and [number(label, generator.class_names) for label in asked]
     labels = [int(label) for label in generator.check_labels(labels, count)]
     if not generator.class_names:

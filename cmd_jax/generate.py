@@ -175,8 +175,9 @@ class Generator:
         check_bytes('content', content)
         labels = None if label is None else [label]
         free = labels is None and prompt is None
-        asked = self.conditions(labels, '' if free and self.text else prompt, negative_prompt, n)
-        given = (asked.motion_null if free else asked.motion, asked.motion_null)
+        given = '' if free and self.text else prompt
+        asked = self.conditions(labels, given, negative_prompt, n)
+        condition = self.motion.null_condition(asked.motion) if free else asked.motion
         if free and guidance is None:
             guidance = 1.0
         options = self.options(steps=steps, guidance=guidance, sampler=sampler)['motion']
@@ -187,7 +188,7 @@ class Generator:
 
         keys = sampling.video_keys(seed, 0, n)
         frames = jnp.broadcast_to(frame, (n, *self._frame_shape))
-        return self._batched(run, batch_size, keys, *given, frames)
+        return self._batched(run, batch_size, keys, condition, asked.motion_null, frames)
 
     def reconstruct(
         self, video: UInt8[np.ndarray, 'n t h w 3'], batch_size: int = 16

@@ -176,7 +176,10 @@ def test_pictures_come_to_life(steered, log):
     assert videos.shape == (2, 4, 16, 24, 3) and different(videos[0], videos[1])
     assert not different(steered.animate(picture, n=2, prompt=PROMPTS[0]), videos)
     assert different(steered.animate(picture, n=2, prompt=PROMPTS[1]), videos)
-    assert steered.animate(picture, n=1).shape[0] == 1
+    # Without a prompt nothing is asked for: a negative one is no condition.
+    free = steered.animate(picture, n=1)
+    assert free.shape[0] == 1 and different(free, videos[:1])
+    assert not different(steered.animate(picture, n=1, negative_prompt='a nine'), free)
     large = steered.animate(image=np.repeat(np.repeat(picture, 2, 0), 2, 1), n=2)
     assert 'image of 32 x 48' in log.text and large.shape == videos.shape
     for arguments, words in (
@@ -328,7 +331,9 @@ def test_sample_script(run, tmp_path):
     code, stderr = script('sample.py', *flags, '--num_videos=2', f'--out={tmp_path}/b')
     assert code == 0, stderr[-2000:]
     assert 'image of 20 x 50' in stderr
-    assert len(json.loads((tmp_path / 'b' / 'samples.json').read_text())['videos']) == 2
+    record = json.loads((tmp_path / 'b' / 'samples.json').read_text())
+    assert [v['prompt'] for v in record['videos']] == ['a two'] * 2
+    assert record['image'].endswith('picture.png')
     one_error(script('sample.py', f'--workdir={run}'), 'prompt is missing')
     one_error(script('sample.py', f'--workdir={run}', '--labels=3'), '--prompt')
 
