@@ -1,4 +1,4 @@
-"""Text-to-video on Stable Diffusion: the paper's WebVid settings, table 5.
+"""Text-to-video on Stable Diffusion: the paper's WebVid settings.
 
     python train.py --config=configs/text_to_video.py:sd21,autoencoder \\
         --config.data.path=DIR --workdir=runs/t2v

@@ -34,3 +34,16 @@ def unchecked_types():
     jaxtyping.config.update('jaxtyping_disable', True)
     yield
     jaxtyping.config.update('jaxtyping_disable', False)
+
+
+@pytest.fixture(scope='session')
+def small_pipeline(tmp_path_factory):
+    """A small Stable Diffusion folder, all of its weights random."""
+    # Not before the import hook.
+    from cmd_jax.stable_diffusion import make, make_vae
+
+    path = tmp_path_factory.mktemp('sd') / 'tiny'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_vae, 'train', lambda vae, steps, seed: vae)
+        make.make(path, 'tiny')
+    return path

@@ -1,6 +1,6 @@
 """Latent mode and text, from end to end: training, prompts, pictures, what can go wrong."""
 
-import dataclasses
+import functools
 import json
 import logging
 import shutil
@@ -18,9 +18,10 @@ from cmd_jax import stable_diffusion, video
 from cmd_jax.errors import UserError
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.stable_diffusion import make as maker
-from cmd_jax.stable_diffusion import make_vae, weights
+from cmd_jax.stable_diffusion import weights
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop, losses, parts, stages, texts
+from cmd_jax.training import loop, parts, stages
+from cmd_jax.training import state as states
 from tests import state_dicts, tiny
 from tests.test_generate import one_error, script
 
@@ -28,42 +29,11 @@ PROMPTS = ['a three moving up', 'an eight moving down and left']
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """A small pipeline, all of its weights random."""
-    path = tmp_path_factory.mktemp('sd') / 'tiny'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_vae, 'train', lambda vae, steps, seed: vae)
-        maker.make(path, 'tiny')
-    return path
-
-
-def tree(folder, stage='all', **changes) -> dict:
-    """The config of a run of seconds on 16 x 24 pixels, 4 x 6 latents, as a nested dict."""
-    tree = tiny.shipped('text_to_video', f'{stage},tiny')
-    tree['data'].update(frames=4, height=16, width=24)
-    tree['stable_diffusion'].update(source=str(folder), frames_at_once=3)
-    tree['autoencoder']['model'].update(dim=16, depth=1, heads=2)
-    tree['motion']['model'].update(dim=16, depth=1, heads=2)
-    tree['motion']['statistics_clips'] = 16
-    for part in configs.STAGES:
-        tree[part]['train'].update(batch_size=8, steps=4, log_every=1, warmup_steps=2)
-    for part in ('content', 'motion'):
-        tree[part]['sampling']['steps'] = 2
-    for path, value in changes.items():
-        *sections, name = path.split('__')
-        section = tree
-        for word in sections:
-            section = section[word]
-        section[name] = value
-    return tree
-
-
-@pytest.fixture(scope='module')
-def run(folder, tmp_path_factory):
+def run(small_pipeline, tmp_path_factory):
     """A run on eight devices, latents drawn from the posterior."""
     workdir = tmp_path_factory.mktemp('run')
     changes = dict(stable_diffusion__posterior='sample', mesh__data=2, mesh__fsdp=4)
-    loop.train(configs.parse(tree(folder, **changes)), workdir)
+    loop.train(configs.parse(tiny.text_tree(small_pipeline, **changes)), workdir)
     return workdir
 
 
@@ -107,13 +77,13 @@ def test_run_has_what_a_run_has(run):
     assert json.loads((run / 'content' / 'inputs.json').read_text())['class_names'] == []
 
 
-def test_content_begins_with_the_pretrained_network(folder):
-    pipeline = stable_diffusion.load(folder, parts=('unet',))
+def test_content_begins_with_the_pretrained_network(small_pipeline):
+    pipeline = stable_diffusion.load(small_pipeline, parts=('unet',))
     mesh = meshes.make_mesh()
-    config = configs.parse(tree(folder))
+    config = configs.parse(tiny.text_tree(small_pipeline))
     start = stages.start('content', config, 0, mesh)
-    make = lambda rngs: parts.make_network('content', config, 0, rngs)  # noqa: E731
-    graphdef, _, init = loop.states.prepare(make, loop.states.optimizer(config.content.train), mesh)
+    tx = states.optimizer(config.content.train)
+    _, _, init = states.prepare(functools.partial(parts.make_content, config, 0), tx, mesh)
     state = init(jax.random.key(0), start)
     stored = nnx.to_pure_dict(nnx.state(pipeline.unet, nnx.Param))
     for tree_ in (state.params, state.ema):
@@ -182,30 +152,21 @@ def test_pictures_come_to_life(steered, log):
     assert not different(steered.animate(picture, n=1, negative_prompt='a nine'), free)
     large = steered.animate(image=np.repeat(np.repeat(picture, 2, 0), 2, 1), n=2)
     assert 'image of 32 x 48' in log.text and large.shape == videos.shape
+    with pytest.raises(UserError, match='content or image'):
+        steered.animate()
+
+
+@pytest.mark.usefixtures('unchecked_types')
+def test_pictures_that_do_not_fit(steered):
+    picture = np.zeros((16, 24, 3), np.uint8)
     for arguments, words in (
         (dict(content=picture[:8]), r'\(8, 24, 3\): this run needs \(16, 24, 3\)'),
-        (dict(), 'content or image'),
         (dict(content=picture, image=picture), 'content or image'),
         (dict(image=picture[..., 0]), r'\(16, 24\): give RGB'),
         (dict(image=picture / 255.0), 'float64'),
     ):
-        with cmd_jax_unchecked(), pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words):
             steered.animate(**arguments)
-
-
-def cmd_jax_unchecked():
-    """Signatures unchecked, as at a user's."""
-    import contextlib
-
-    import jaxtyping
-
-    @contextlib.contextmanager
-    def unchecked():
-        jaxtyping.config.update('jaxtyping_disable', True)
-        yield
-        jaxtyping.config.update('jaxtyping_disable', False)
-
-    return unchecked()
 
 
 def test_reconstruct_goes_through_the_vae(generator):
@@ -219,22 +180,22 @@ def test_reconstruct_goes_through_the_vae(generator):
     assert generator.content_frames(clips).shape == (2, 16, 24, 3)
 
 
-def test_export_is_a_pipeline_with_the_trained_network(generator, folder, tmp_path):
+def test_export_is_a_pipeline_with_the_trained_network(generator, small_pipeline, tmp_path):
     generator.export(tmp_path / 'out')
     ours = stable_diffusion.load(tmp_path / 'out')
     stored = nnx.to_pure_dict(nnx.state(ours.unet, nnx.Param))
     trained = nnx.to_pure_dict(nnx.state(generator.content, nnx.Param))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), stored, trained))
     pretrained = nnx.to_pure_dict(
-        nnx.state(stable_diffusion.load(folder, parts=('unet',)).unet, nnx.Param)
+        nnx.state(stable_diffusion.load(small_pipeline, parts=('unet',)).unet, nnx.Param)
     )
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), stored, pretrained)
     assert sum(jax.tree.leaves(moved)) > 0.9 * len(jax.tree.leaves(moved))
     assert ours.vae is not None and ours.text_encoder is not None
 
 
-def test_run_finds_a_pipeline_that_has_moved(run, folder, generator, tmp_path):
-    shutil.copytree(folder, tmp_path / 'moved')
+def test_run_finds_a_pipeline_that_has_moved(run, small_pipeline, generator, tmp_path):
+    shutil.copytree(small_pipeline, tmp_path / 'moved')
     moved = cmd_jax.load(run, stable_diffusion=tmp_path / 'moved')
     videos = [g(prompt=PROMPTS[0], seed=3) for g in (moved, generator)]
     assert not different(*videos)
@@ -242,11 +203,13 @@ def test_run_finds_a_pipeline_that_has_moved(run, folder, generator, tmp_path):
         cmd_jax.load(run, stable_diffusion=tmp_path / 'nowhere')
 
 
-def test_motion_has_a_text_encoder_of_its_own(run, folder, tmp_path):
+def test_motion_has_a_text_encoder_of_its_own(run, small_pipeline, tmp_path):
     """A folder with nothing but an encoder, of another width than the pipeline's."""
     wide = tmp_path / 'wide'
-    shutil.copytree(folder / 'tokenizer', wide)
-    sizes = json.loads((folder / 'text_encoder' / 'config.json').read_text()) | dict(hidden_size=32)
+    shutil.copytree(small_pipeline / 'tokenizer', wide)
+    sizes = json.loads((small_pipeline / 'text_encoder' / 'config.json').read_text()) | dict(
+        hidden_size=32
+    )
     maker.write_json(wide / 'config.json', sizes)
     rng = np.random.default_rng(0)
     arguments = stable_diffusion.arguments(wide, 'text_encoder')
@@ -255,65 +218,13 @@ def test_motion_has_a_text_encoder_of_its_own(run, folder, tmp_path):
     for part in ('autoencoder', 'content'):
         shutil.copytree(run / part, tmp_path / 'run' / part)
     changes = dict(stable_diffusion__posterior='sample', motion__text_encoder=str(wide))
-    loop.train(configs.parse(tree(folder, 'motion', **changes)), tmp_path / 'run')
+    loop.train(configs.parse(tiny.text_tree(small_pipeline, 'motion', **changes)), tmp_path / 'run')
     generator = cmd_jax.load(tmp_path / 'run')
     assert generator.motion.text_dim == 32 and generator.stable_diffusion.text_encoder.dim == 64
     asked = generator.conditions(None, PROMPTS, '', None)
     assert asked.content.shape == (2, 77, 64) and asked.motion.shape == (2, 32)
     assert not np.asarray(asked.motion_null).any() and np.asarray(asked.content_null).any()
     assert generator(prompt=PROMPTS).shape == (2, 4, 16, 24, 3)
-
-
-def test_table_and_encoder_give_the_same(folder):
-    """Captions encoded once or in each step; the prompts' own hidden states and means."""
-    encoder = stable_diffusion.load(folder, parts=('text_encoder',))
-    captions = [*PROMPTS, 'a zero moving left']
-    kwargs = dict(dtype=jnp.float32, mesh=meshes.make_mesh())
-    for pooled in (False, True):
-        made = [
-            texts.make(encoder, given, pooled=pooled, table_bytes=size, **kwargs)
-            for given, size in ((captions, 2**29), (captions, 10), (None, 2**29))
-        ]
-        assert [type(m.frozen) for m in made] == [texts.Table, texts.Encode, texts.Encode]
-        asked = captions[::-1]
-        features = [m.frozen(jnp.asarray(m.lookup(asked))) for m in made]
-        for other in features[1:]:
-            np.testing.assert_allclose(features[0], other, atol=1e-5)
-        assert np.abs(features[0][0] - features[0][1]).max() > 1e-2
-        np.testing.assert_allclose(made[0].frozen.null, made[1].frozen.null, atol=1e-5)
-        assert made[0].frozen.null.shape == features[0].shape[1:]
-
-
-def test_dropped_text_is_the_empty_prompt(folder):
-    """The U-Net is trained without text on what Stable Diffusion takes for none."""
-    config = configs.parse(tree(folder))
-    seen = {}
-
-    class Network(stable_diffusion.UNet):
-        def __init__(self):
-            pass
-
-        def __call__(self, x, t, text):
-            seen['text'] = text
-            return x
-
-    encoder = stable_diffusion.load(folder, parts=('text_encoder',))
-    text = texts.make(encoder, PROMPTS, pooled=False, dtype=jnp.float32, mesh=meshes.make_mesh())
-    frozen = {
-        'vae': stable_diffusion.load(folder, parts=('vae',)).vae,
-        'autoencoder': parts.make_autoencoder(config, nnx.Rngs(0)),
-        'text': text.frozen,
-    }
-    batch = {
-        'video': jnp.zeros((2, 4, 16, 24, 3), jnp.uint8),
-        'text': jnp.asarray(text.lookup(PROMPTS)),
-    }
-    for drop, wanted in ((0.0, PROMPTS), (1.0, ['', ''])):
-        section = dataclasses.replace(config.content.loss, label_drop=drop)
-        process = parts.make_process(config.content.process)
-        loss = losses.content_loss(process, section, losses.Frames(at_once=4))
-        loss(Network(), frozen, batch, jax.random.split(jax.random.key(0), 2))
-        np.testing.assert_allclose(seen['text'], encoder.encode(wanted)[0], atol=1e-5)
 
 
 def test_sample_script(run, tmp_path):
@@ -348,56 +259,7 @@ def test_prompts_that_do_not_suit_the_run(generator, run):
             generator(**arguments)
 
 
-@pytest.mark.parametrize(
-    ('changes', 'words'),
-    [
-        (dict(stable_diffusion__source=''), "condition='text' needs a Stable Diffusion"),
-        (dict(stable_diffusion__source='/nowhere/a'), '/nowhere/a is neither a folder'),
-        (dict(content__process__prediction='epsilon'), 'prediction=v'),
-        (dict(content__process__schedule='linear'), 'schedule=scaled_linear'),
-        (dict(content__model__remat='attention'), "remat='attention'"),
-        (dict(content__start='dit.pt'), "content.start='dit.pt'"),
-        (dict(autoencoder__loss__lpips_weight=1.0), 'lpips_weight=1.0'),
-        (dict(autoencoder__model__output='sigmoid'), "output='sigmoid'"),
-        (dict(data__height=18), 'data.height=18'),
-        (dict(condition='class', motion__text_encoder='x'), "motion.text_encoder='x'"),
-        (dict(condition='txt'), "condition='txt' is unknown: did you mean 'text'"),
-    ],
-)
-def test_configs_that_cannot_be(folder, tmp_path, changes, words):
-    with pytest.raises(UserError) as e:
-        loop.train(configs.parse(tree(folder, **changes)), tmp_path)
-    assert words in str(e.value)
-    assert not list(tmp_path.rglob('*.json'))
-
-
-@pytest.mark.parametrize('stage', configs.STAGES)
-@pytest.mark.parametrize(('family', 'content'), [('sd15', 859.5), ('sd21', 865.9)])
-def test_full_size_stages(family, content, stage, tmp_path):
-    """The paper's sizes; every parameter has a rule, and nothing above 1 MB is on all devices."""
-    maker.describe(tmp_path, family)
-    tree = tiny.shipped('text_to_video', f'{family},{stage}')
-    assert (tree['stage'], tree['stable_diffusion']['source']) == (stage, family)
-    tree['stable_diffusion']['source'] = str(tmp_path)
-    if family == 'sd15':
-        assert tree['motion']['text_encoder'] == 'sd21'
-        tree['motion']['text_encoder'] = str(tmp_path)
-    config = configs.parse(tree)
-    assert parts.frame_shape(config) == (64, 128 if family == 'sd21' else 64, 4)
-    stages.check(stage, config, 0)
-    model = nnx.eval_shape(lambda: parts.make_network(stage, config, 0, nnx.Rngs(0)))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    count = sum(x.size for x in jax.tree.leaves(params)) / 1e6
-    low, high = {'autoencoder': (47, 48), 'motion': (673, 678)}.get(stage, (content, content + 0.1))
-    assert low <= count <= high, count
-    sharding = meshes.param_sharding(params, meshes.make_mesh(fsdp=8))
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        assert meshes.rule(meshes.path_name(path)) < len(meshes.PARAMS) - 1
-    large = jax.tree.map(lambda x, s: x.size * 4 <= 2**20 or any(s.spec), params, sharding)
-    assert all(jax.tree.leaves(large))
-
-
-def test_classes_on_latents(folder, tmp_path):
+def test_classes_on_latents(small_pipeline, tmp_path):
     """ContentDiT in latent mode, started from a DiT of other classes and another size."""
     changes = dict(
         condition='class',
@@ -407,7 +269,7 @@ def test_classes_on_latents(folder, tmp_path):
     start = state_dicts.dit_dict(dim=16, depth=1, patch=2, channels=4, tokens=4, classes=7)
     safetensors.numpy.save_file(start, tmp_path / 'dit.safetensors')
     changes['content__start'] = str(tmp_path / 'dit.safetensors')
-    config = configs.parse(tree(folder, **changes))
+    config = configs.parse(tiny.text_tree(small_pipeline, **changes))
     given = stages.start('content', config, 10, meshes.make_mesh())
     np.testing.assert_array_equal(
         given['time_embed/out/kernel'], start['t_embedder.mlp.2.weight'].T
@@ -415,7 +277,7 @@ def test_classes_on_latents(folder, tmp_path):
     # Ten classes rather than seven; 2 x 3 patches rather than 2 x 2.
     assert not {'label_embed/embedding', 'positions/position'} & set(given)
     with pytest.raises(UserError, match='content.model.dim=32'):
-        wrong = tree(folder, **changes)
+        wrong = tiny.text_tree(small_pipeline, **changes)
         wrong['content']['model']['dim'] = 32
         stages.start('content', configs.parse(wrong), 10, meshes.make_mesh())
     loop.train(config, tmp_path)

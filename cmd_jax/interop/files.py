@@ -12,6 +12,12 @@ from absl import logging
 from cmd_jax.errors import UserError
 
 PICKLES = ('.pt', '.pth', '.ckpt')
+# Under which names a file may hold a stage's network: averaged weights before others.
+NAMES = {
+    'autoencoder': ('autoenc', 'model', 'state_dict', 'ema'),
+    'content': ('ema', 'cdiff_model', 'model', 'state_dict'),
+    'motion': ('ema', 'mdiff_model', 'model', 'state_dict'),
+}
 # Of networks that were trained on several devices.
 PREFIX = 'module.'
 LISTED = 10  # names in an error message

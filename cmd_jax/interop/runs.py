@@ -14,7 +14,7 @@ from flax import nnx
 
 from cmd_jax.errors import UserError, writable
 from cmd_jax.interop import torch_dicts
-from cmd_jax.interop.files import read_state_dict
+from cmd_jax.interop.files import NAMES, read_state_dict
 from cmd_jax.parallel.mesh import make_mesh, replicated
 from cmd_jax.training import config as configs
 from cmd_jax.training import state as states
@@ -23,12 +23,6 @@ from cmd_jax.training.checkpoint import Checkpoints
 from cmd_jax.training.parts import make_network
 
 STEP = 1  # of an imported network's checkpoint
-# Under which names a stage's file may hold it: averaged weights before others.
-NAMES = {
-    'autoencoder': ('autoenc', 'model', 'state_dict', 'ema'),
-    'content': ('ema', 'cdiff_model', 'model', 'state_dict'),
-    'motion': ('ema', 'mdiff_model', 'model', 'state_dict'),
-}
 # Embeddings of a condition, which the authors' motion network does not have.
 CONDITIONS = ('label_embed', 'text_embed')
 

@@ -237,6 +237,12 @@ def find(source: str | Path, parts: Sequence[str] = tuple(PARTS)) -> Path:
     repository = MIRRORS.get(str(source), str(source))
     if len(repository.split('/')) != 2 or repository.startswith(('/', '.')):
         raise UserError(f'{source} is neither a folder nor a repository id (owner/name)')
+    return download(repository, tuple(parts))
+
+
+@functools.cache
+def download(repository: str, parts: tuple[str, ...]) -> Path:
+    """The folder of a repository; asked of the hub once in a process."""
     import huggingface_hub
 
     # A text encoder alone has its weights in the root.
@@ -256,7 +262,8 @@ def find(source: str | Path, parts: Sequence[str] = tuple(PARTS)) -> Path:
     except Exception as e:  # the hub's errors, the network's and the file system's alike
         raise UserError(
             f'{repository} cannot be had ({type(e).__name__}): if it is gone, give another '
-            f'repository (working in 2026: {", ".join(MIRRORS.values())}) or a local folder'
+            f'repository (working in 2026: {", ".join(MIRRORS.values())}) or a local folder; '
+            'python -m cmd_jax.stable_diffusion.make --help makes small ones to try out'
         ) from e
 
 

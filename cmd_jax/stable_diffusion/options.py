@@ -4,8 +4,6 @@ A field is read, or has to have the one value that Stable Diffusion 1.x and 2.x 
 mean another model), or says nothing about the network (its file, its size in training).
 """
 
-from collections.abc import Callable
-
 from cmd_jax.errors import UserError
 from cmd_jax.stable_diffusion.text import ACTIVATIONS
 from cmd_jax.stable_diffusion.unet import DOWN_BLOCKS, UP_BLOCKS
@@ -229,10 +227,3 @@ def text_encoder(where: str, tree: dict) -> dict:
     )
     fields.done()
     return arguments
-
-
-PARTS: dict[str, Callable[[str, dict], dict]] = {
-    'unet': unet,
-    'vae': vae,
-    'text_encoder': text_encoder,
-}

@@ -34,15 +34,9 @@ class Frames:
     at_once: int = 1
 
     def __call__(self, frozen: dict, batch: dict, keys: Array) -> Float[Array, 'b t h w c']:
-        if self.sampled:
-            # Not the keys themselves: the losses split those.
-            keys = jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys)
-        return to_frames(
-            frozen.get('vae'),
-            batch['video'],
-            at_once=self.at_once,
-            keys=keys if self.sampled else None,
-        )
+        # Not the keys themselves: the losses split those.
+        keys = jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys) if self.sampled else None
+        return to_frames(frozen.get('vae'), batch['video'], at_once=self.at_once, keys=keys)
 
 
 PIXELS = Frames()

@@ -15,7 +15,7 @@ from cmd_jax import video as videos
 from cmd_jax.diffusion import timesteps
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
-from cmd_jax.interop.files import read_state_dict
+from cmd_jax.interop.files import NAMES, read_state_dict
 from cmd_jax.parallel.mesh import param_sharding, path_name, replicated
 from cmd_jax.training import config as configs
 from cmd_jax.training import losses, parts, texts, trained
@@ -148,7 +148,7 @@ def start(name: str, config: configs.Config, classes: int, mesh) -> dict:
         return {}
     height, width, _ = parts.frame_shape(config)
     sizes = dict(height=height, width=width, num_classes=classes, heads=config.content.model.heads)
-    weights = interop.dit_start(read_state_dict(config.content.start, ('ema', 'model')), **sizes)
+    weights = interop.dit_start(read_state_dict(config.content.start, NAMES[name]), **sizes)
     interop.check_start(
         weights, nnx.eval_shape(lambda: parts.make_network(name, config, classes, nnx.Rngs(0)))
     )
