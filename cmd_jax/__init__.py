@@ -20,23 +20,31 @@ last two independently of each other, and sampled one after the other:
 Video is [b t h w c], float in [-1, 1] inside and uint8 where it is read or written.
 """
 
-from cmd_jax import diffusion, interop, stable_diffusion
-from cmd_jax.errors import UserError
-from cmd_jax.generate import Generator, load
-from cmd_jax.models.autoencoder import VideoAutoencoder
-from cmd_jax.models.content import ContentDiT
-from cmd_jax.models.motion import MotionDiT
+import importlib
 
 __version__ = '0.1.0'
 
-__all__ = [
-    'ContentDiT',
-    'Generator',
-    'MotionDiT',
-    'UserError',
-    'VideoAutoencoder',
-    'diffusion',
-    'interop',
-    'load',
-    'stable_diffusion',
-]
+# Imported when they are asked for: processes that only read data need neither JAX nor networks.
+_MODULES = {
+    'ContentDiT': 'models.content',
+    'Generator': 'generate',
+    'MotionDiT': 'models.motion',
+    'UserError': 'errors',
+    'VideoAutoencoder': 'models.autoencoder',
+    'load': 'generate',
+}
+_PACKAGES = ('diffusion', 'interop', 'stable_diffusion')
+
+__all__ = [*_MODULES, *_PACKAGES]
+
+
+def __getattr__(name: str):
+    if name in _PACKAGES:
+        return importlib.import_module(f'cmd_jax.{name}')
+    if name in _MODULES:
+        return getattr(importlib.import_module(f'cmd_jax.{_MODULES[name]}'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

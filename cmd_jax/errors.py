@@ -1,8 +1,10 @@
-"""The exceptions that are not defects, and a check that raises one."""
+"""The exceptions that are not defects, and two checks that raise one."""
 
+import difflib
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -16,6 +18,16 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """A signal asked for the end, and what was to be saved is saved."""
+
+
+def choose(field: str, value: str, known: Iterable[str]):
+    """Raises UserError if the value of a field is not one of the known ones; names the nearest."""
+    known = list(known)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f'{field}={value!r} is unknown: did you mean {near!r}? Known: {", ".join(known)}'
+        )
 
 
 def writable(name: str, folder: str | os.PathLike) -> pathlib.Path:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Int, UInt8
 
 from cmd_jax import conditions, sampling, stable_diffusion
 from cmd_jax.conditions import Conditions
-from cmd_jax.data.clips import resize_crop
+from cmd_jax.data.clips import fit_frame
 from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import batch_sharding, make_mesh
 from cmd_jax.training import config as configs
@@ -343,7 +343,7 @@ def fit(image: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, 'h w 3'
     logging.warning(
         'image of %d x %d: scaled, and its middle of %d x %d used', *image.shape[:2], height, width
     )
-    return resize_crop(image[None], height, width, 'center', False)[0]
+    return fit_frame(image, height, width)
 
 
 def load(workdir: str | Path, *, stable_diffusion: str | Path | None = None) -> Generator:

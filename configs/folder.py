@@ -1,6 +1,7 @@
 """Your own videos: a folder of files, with a sub-folder per class or without classes.
 
-    python train.py --config=configs/folder.py:all --config.data.path=DIR --workdir=runs/mine
+    python train.py --config=configs/folder.py:all --workdir=runs/mine \\
+        --config.data.source=folder:DIR
     python sample.py --workdir=runs/mine --num_videos=8
 
 16 frames of 64 x 64, every second frame of the file; diffusion networks of size B.

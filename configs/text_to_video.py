@@ -1,7 +1,7 @@
 """Text-to-video on Stable Diffusion: the paper's WebVid settings.
 
     python train.py --config=configs/text_to_video.py:sd21,autoencoder \\
-        --config.data.path=DIR --workdir=runs/t2v
+        --config.data.source=folder:DIR --workdir=runs/t2v
 
 `sd21` is 16 x 512 x 1024 with Stable Diffusion 2.1-base, `sd15` 16 x 512 x 512 with 1.5. DIR holds
 videos and their captions: captions.csv with the columns path and caption, or a .txt beside each

@@ -1,6 +1,7 @@
 """Every test sees eight simulated CPU devices, and checks the shapes that signatures promise."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -34,6 +35,17 @@ def unchecked_types():
     jaxtyping.config.update('jaxtyping_disable', True)
     yield
     jaxtyping.config.update('jaxtyping_disable', False)
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """Messages of absl, which keeps them from the root logger."""
+    from cmd_jax.data import videos
+
+    monkeypatch.setattr(logging.getLogger('absl'), 'propagate', True)
+    videos.log_once.cache_clear()
+    caplog.set_level('INFO', 'absl')
+    return caplog
 
 
 @pytest.fixture(scope='session')

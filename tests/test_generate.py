@@ -181,7 +181,7 @@ def test_scripts_fail_in_one_line(run, tmp_path):
         (lambda t: t['autoencoder']['model'].update(heads=3), ['dim=16', 'heads=3']),
         (lambda t: t['content']['train'].update(batch_size=9), ['batch_size=9', '8 devices']),
         (lambda t: t['mesh'].update(tensor=3, fsdp=1), ['tensor=3', '8 devices']),
-        (lambda t: t['data'].update(source='folder', path='/none'), ['/none']),
+        (lambda t: t['data'].update(source='folder:/none'), ['/none']),
         (lambda t: t['data'].update(source='movies'), ["'movies'", 'moving_digits']),
         (lambda t: t['motion']['model'].update(patch=3), ['frames=4', 'patch=3']),
         (lambda t: t['motion']['sampling'].update(steps=5000), ['steps=5000', '1000']),
@@ -262,7 +262,7 @@ def test_folder_of_videos_end_to_end(classes, tmp_path):
         noise = rng.integers(0, 256, (10, 24, 32, 3), dtype=np.uint8)
         video.write(folder / f'{i}.mp4', noise)
     (tmp_path / 'videos' / 'empty.mp4').write_bytes(b'')
-    tree = tiny.tree(name='folder', path=str(tmp_path / 'videos'))
+    tree = tiny.tree(name='folder', source=f'folder:{tmp_path / "videos"}')
     loop.train(configs.parse(tree), tmp_path / 'run')
     generator = cmd_jax.load(tmp_path / 'run')
     assert generator.class_names == (['class0', 'class1'] if classes else [])

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import shutil
 
 import jax
@@ -53,14 +52,6 @@ def steered(run):
         noise = optax.tree.random_like(jax.random.key(seed), params)
         nnx.update(network, jax.tree.map(lambda p, n: p + 0.1 * n, params, noise))
     return generator
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    """Messages of absl, which keeps them from the root logger."""
-    monkeypatch.setattr(logging.getLogger('absl'), 'propagate', True)
-    caplog.set_level('WARNING', 'absl')
-    return caplog
 
 
 def different(a, b):

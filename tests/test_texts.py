@@ -31,7 +31,7 @@ def test_table_and_encoder_give_the_same(small_pipeline):
         ]
         assert [type(m.frozen) for m in made] == [texts.Table, texts.Encode, texts.Encode]
         asked = captions[::-1]
-        features = [m.frozen(jnp.asarray(m.lookup(asked))) for m in made]
+        features = [m.frozen(jnp.asarray(m.lookup({'caption': asked}))) for m in made]
         for other in features[1:]:
             np.testing.assert_allclose(features[0], other, atol=1e-5)
         assert np.abs(features[0][0] - features[0][1]).max() > 1e-2
@@ -61,7 +61,7 @@ def test_dropped_text_is_the_empty_prompt(small_pipeline):
     }
     batch = {
         'video': jnp.zeros((2, 4, 16, 24, 3), jnp.uint8),
-        'text': jnp.asarray(text.lookup(PROMPTS)),
+        'text': jnp.asarray(text.lookup({'caption': PROMPTS})),
     }
     for drop, wanted in ((0.0, PROMPTS), (1.0, ['', ''])):
         section = dataclasses.replace(config.content.loss, label_drop=drop)

@@ -18,7 +18,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.models import flops
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop, losses, stages, texts
+from cmd_jax.training import loop, losses, parts, stages, texts
 from cmd_jax.training import state as states
 from cmd_jax.training.parts import make_autoencoder, make_content, make_motion, make_process
 from cmd_jax.video import to_float
@@ -64,9 +64,10 @@ def pieces(name, mesh, accumulation=1):
         donate_argnames='state',
         out_shardings=(sharding, meshes.replicated(mesh)),
     )
-    source = loop.make_source(config, 'train')
-    clips = pipeline.make_dataset(source, 8, seed=0, shuffle=False, repeat=True)
-    return step, state, sharding, frozen, loop.to_device(next(iter(clips)), mesh)
+    source = parts.make_source(config, 'train')
+    clips = pipeline.Batches(source, 8, seed=0, shuffle=False, repeat=True)
+    batch = loop.to_device(stages.labelled(next(clips)), mesh)
+    return step, state, sharding, frozen, batch
 
 
 def run(name, mesh, accumulation=1, steps=2):
@@ -245,10 +246,10 @@ def test_statistics_normalise_the_motion():
     """Mean 0 and deviation 1 per channel on the clips that they were measured on."""
     config = tiny.config()
     model = make_autoencoder(config, nnx.Rngs(0))
-    source = loop.make_source(config, 'train')
-    dataset = pipeline.make_dataset(source, 8, seed=0, shuffle=True, repeat=True)
-    statistics = stages.measure_statistics({'autoencoder': model}, iter(dataset), 16, at_once=1)
-    batches = iter(dataset)
+    source = parts.make_source(config, 'train')
+    read = functools.partial(pipeline.Batches, source, 8, seed=0, shuffle=True, repeat=True)
+    statistics = stages.measure_statistics({'autoencoder': model}, read(), 16, at_once=1)
+    batches = read()
     video = np.concatenate([next(batches)['video'] for _ in range(2)])
     motion = model.encode(to_float(jnp.asarray(video)))[1]
     z = sampling.normalize(motion, statistics)
@@ -332,7 +333,7 @@ def test_model_flops_count_the_frozen_encoder_once():
         loss=losses.content_loss(make_process(section.process), section.loss),
         frozen={'autoencoder': autoencoder},
         frozen_pass=functools.partial(losses.given, frames=losses.PIXELS),
-        lookup=None,
+        inputs=stages.labelled,
         autoencoder_step=6,
         preview=stages.preview_content,
     )

@@ -3,16 +3,19 @@
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent import futures
 
+from cmd_jax.data import files
 from cmd_jax.errors import UserError
 
 CSV = 'captions.csv'
 COLUMNS = ('path', 'caption')
 
 
-def read(folder: str, files: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def read(
+    folder: str, videos: Sequence[str], others: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
     """The captions that the files of a folder have of their own.
 
     A file's caption is its row of captions.csv in the folder (UTF-8; a header with the columns
@@ -20,35 +23,39 @@ def read(folder: str, files: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     (cat/1.mp4: cat/1.txt). White space counts as one space, and a blank caption as none.
 
     Args:
-      folder: of the videos.
-      files: paths in the folder, '/' between parts.
+      folder: of the videos, a path or URL.
+      videos: paths in the folder, '/' between parts.
+      others: of the other files in it, among which captions are looked for.
 
     Returns:
-      {file: caption}, without the files that have none; and paths of captions.csv that are not
-      among the files.
+      {file: caption}, without the videos that have none; and paths of captions.csv that are not
+      among the videos.
 
     Raises:
       UserError: not UTF-8, a table without these columns or with broken rows, or with two captions
         for one file.
     """
-    table = read_table(os.path.join(folder, CSV))
-    absent = sorted(table.keys() - set(files))
-    rest = [file for file in files if not table.get(file)]
+    others = set(others)
+    table = read_table(files.join(folder, CSV)) if CSV in others else {}
+    absent = sorted(table.keys() - set(videos))
+    rest = [v for v in videos if not table.get(v) and beside(v) in others]
 
-    def beside(file):
-        return read_beside(os.path.join(folder, os.path.splitext(file)[0] + '.txt'))
+    def caption(video):
+        return in_one_line(read_text(files.join(folder, beside(video))))
 
     with futures.ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        found = table | dict(zip(rest, pool.map(beside, rest)))
-    return {file: found[file] for file in files if found[file]}, absent
+        found = table | dict(zip(rest, pool.map(caption, rest)))
+    return {video: found[video] for video in videos if found.get(video)}, absent
+
+
+def beside(video: str) -> str:
+    """The text file of a video."""
+    return os.path.splitext(video)[0] + '.txt'
 
 
 def read_table(path: str) -> dict[str, str]:
-    """{path: caption} of a captions.csv; empty if there is none."""
-    text = read_text(path)
-    if text is None:
-        return {}
-    rows = csv.reader(io.StringIO(text, newline=''), strict=True)
+    """{path: caption} of a captions.csv."""
+    rows = csv.reader(io.StringIO(read_text(path), newline=''), strict=True)
     table = {}
     try:
         header = [name.strip() for name in next(rows, [])]
@@ -82,24 +89,14 @@ def read_table(path: str) -> dict[str, str]:
     return table
 
 
-def read_beside(path: str) -> str:
-    """The caption in a text file; '' if there is none."""
-    return in_one_line(read_text(path) or '')
-
-
-def read_text(path: str) -> str | None:
-    """The content of a file in UTF-8, with or without a byte order mark; None if it is not there.
+def read_text(path: str) -> str:
+    """The content of a file in UTF-8, with or without a byte order mark.
 
     Raises:
       UserError: unreadable or not UTF-8.
     """
     try:
-        with open(path, 'rb') as f:
-            return f.read().decode('utf-8-sig')
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise UserError(f'{path} cannot be read ({e.strerror}); captions come from it') from e
+        return files.read(path).decode('utf-8-sig')
     except UnicodeDecodeError as e:
         line = e.object.count(b'\n', 0, e.start) + 1
         raise UserError(f'{path}, line {line}: not UTF-8 ({e.reason}); save it as UTF-8') from e

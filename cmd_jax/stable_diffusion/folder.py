@@ -9,6 +9,7 @@ A text encoder alone may have config.json, *.safetensors, vocab.json, … in FOL
 
 import dataclasses
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -217,6 +218,17 @@ def arguments(source: str | Path, part: str) -> dict:
     folder = find(source, parts=())
     where = str(place(folder, part) / 'config.json')
     return getattr(options, part)(f'{folder / where}', read_json(folder, where))
+
+
+def fingerprint(source: str | Path, part: str) -> str:
+    """A hash of the files that a part (a name of PARTS) is loaded from."""
+    folder = find(source, (part,))
+    where = folder / place(folder, part)
+    digest = hashlib.sha256((where / 'config.json').read_bytes())
+    for path in weights.find_files(where, PARTS[part].stems):
+        with path.open('rb') as f:
+            digest.update(hashlib.file_digest(f, 'sha256').digest())
+    return digest.hexdigest()
 
 
 def place(folder: Path, part: str) -> Path:

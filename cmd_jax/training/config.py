@@ -12,10 +12,11 @@ import types
 import typing
 from pathlib import Path
 
-from cmd_jax.data.sources import SHORT, SOURCES
+from cmd_jax.data.clip_options import CROPS, PLACES, SHORT
+from cmd_jax.data.sources import SOURCES
 from cmd_jax.diffusion.process import PREDICTIONS, SCHEDULES
 from cmd_jax.diffusion.samplers import SAMPLERS
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, choose
 from cmd_jax.models.autoencoder import CONTENT_FRAMES, OUTPUTS, POSITIONS
 from cmd_jax.models.layers import REMAT
 
@@ -27,16 +28,22 @@ record = dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """Which videos, and the clip that the autoencoder sees: [frames, height, width, 3]."""
 
-    source: str  # 'moving_digits' or 'folder'
-    path: str  # of the folder; '' for a source that needs none
+    source: str  # KIND:WHERE, see `data.sources`
     frames: int
     height: int
     width: int
-    stride: int  # frames of the file per frame of the clip
+    stride: int  # frames of the video per frame of the clip
+    fps: float  # frames per second of the clip, by time stamps, instead of a stride; 0: the stride
+    clips: str  # of a video in an epoch: one at a 'random' place, the one in its 'center', or 'all'
+    crop: str  # 'random' or 'center': where a window of the clip's shape lies in a video's frames
     flip: bool  # random horizontal flip
-    short: str  # videos shorter than a clip: 'skip' or 'loop'
-    test_fraction: float  # of the files, kept for previews and evaluation
-    workers: int  # processes that decode; 0: a thread of the main process
+    short: str  # videos shorter than a clip: 'skip', 'loop', or 'hold' their last frame
+    fold: int  # of ucf101: which of its official pairs of train and test lists, 1 to 3
+    test_fraction: float  # of the files, kept for previews and evaluation where there are no splits
+    probe: bool  # look into every file first; else what is bad or short is found on the way
+    max_bad: float  # share of unreadable videos above which a run stops
+    timeout: float  # seconds for a clip of one file
+    workers: int  # processes that decode; 0: threads of the main process
 
 
 @record
@@ -231,6 +238,7 @@ def parse(tree: dict) -> Config:
 
 def check_modes(config: Config):
     """Raises UserError for fields that do not go together."""
+    choose('data.source', config.data.source.partition(':')[0], SOURCES)
     latent, text = bool(config.stable_diffusion.source), config.condition == 'text'
     if text and not latent:
         raise UserError(
@@ -265,7 +273,8 @@ KNOWN = {
     'stage': (*STAGES, 'all'),
     'condition': ('class', 'text'),
     'posterior': ('mean', 'sample'),
-    'data.source': SOURCES,
+    'clips': PLACES,
+    'crop': CROPS,
     'short': SHORT,
     'train.schedule': ('constant', 'cosine'),
     'precision': ('auto', 'float32', 'bfloat16'),
@@ -282,6 +291,9 @@ BOUNDS = {
     'seed': (0, MANY),
     'workers': (0, MANY),
     'test_fraction': (0.0, 0.9),
+    'fold': (1, 3),
+    'fps': (0.0, MANY),
+    'max_bad': (0.0, 1.0),
     'label_drop': (0.0, 1.0),
     'ema_decay': (0.0, 1.0),
     'b1': (0.0, 1.0),
@@ -330,14 +342,6 @@ def convert(hint, value, path: str):
 
 def join(path: str, name: str) -> str:
     return f'{path}.{name}' if path else name
-
-
-def choose(name: str, value: str, known: tuple[str, ...]):
-    if value not in known:
-        near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f'{name}={value!r} is unknown: did you mean {near!r}? Known: {", ".join(known)}'
-        )
 
 
 FRAMES = ('stable_diffusion.source', 'stable_diffusion.posterior')

@@ -1,12 +1,9 @@
 """The one training loop of all stages."""
 
 import contextlib
-import dataclasses
 import functools
 import signal
 import time
-import typing
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,7 +11,7 @@ from absl import logging
 from clu import parameter_overview
 from flax import nnx
 
-from cmd_jax.data import pipeline, sources
+from cmd_jax.data import pipeline
 from cmd_jax.errors import Interrupted, UserError, writable
 from cmd_jax.models import flops
 from cmd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
@@ -56,51 +53,34 @@ def train(
     for name in names:
         states.check_batch(name, getattr(config, name).train, mesh)
         check_config(name, config, workdir / name, force_config)
-    source = make_source(config, 'train')
-    class_names = [] if config.condition == 'text' else list(source.class_names)
+    data = stages.load_data(config)
     for name in names:
-        stages.check(name, config, len(class_names))
-    test = make_source(config, 'test')
-    captions = sorted({*source.captions, *test.captions}) if config.condition == 'text' else None
-    data = Data(source, class_names, captions, stages.preview_clips(test))
+        stages.check(name, config, len(data.class_names))
     for name in names:
         with jax.set_mesh(mesh):
             train_stage(name, config, workdir, mesh, data, profile, dump_hlo)
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What stages are trained on.
-
-    Attributes:
-      source: clips of the training split.
-      class_names: empty where there are no classes, or captions are the condition.
-      captions: all that either split can have, or None where they are not known or not asked for.
-      clips: a batch of the test split, for previews.
-    """
-
-    source: typing.Any
-    class_names: list[str]
-    captions: list[str] | None
-    clips: dict
-
-
 def train_stage(
-    name: str, config: configs.Config, workdir: Path, mesh, data: Data, profile, dump_hlo
+    name: str, config: configs.Config, workdir: Path, mesh, data: stages.Data, profile, dump_hlo
 ):
     """Trains one stage to its last step; resumes from its newest checkpoint, bit for bit."""
     started = time.time()
     folder = workdir / name
-    stage = stages.make(name, config, workdir, data.class_names, data.captions, mesh)
+    stage = stages.make(name, config, workdir, data, mesh)
     trained.check_inputs(folder, data.class_names, stage.autoencoder_step)
     settings = stage.train
-    dataset = pipeline.make_dataset(
+    read = functools.partial(
+        pipeline.Batches,
         data.source,
-        settings.batch_size,
+        settings.batch_size // jax.process_count(),
         seed=config.seed,
         shuffle=True,
         repeat=True,
         workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        max_bad=config.data.max_bad,
     )
     tx = states.optimizer(settings)
     key, init_key = jax.random.split(jax.random.key(config.seed))
@@ -125,7 +105,7 @@ def train_stage(
         checkpoints = stack.enter_context(
             Checkpoints(folder / 'checkpoints', settings.keep_checkpoints)
         )
-        batches = stack.enter_context(contextlib.closing(iter(dataset)))
+        batches = stack.enter_context(contextlib.closing(read()))
         frozen, statistics = stage.frozen, None
         if name == 'motion':
             channels = config.autoencoder.model.motion_channels
@@ -136,7 +116,7 @@ def train_stage(
         else:
             state = init(init_key, stage.start())
             if name == 'motion':
-                with contextlib.closing(iter(dataset)) as sample:
+                with contextlib.closing(read()) as sample:
                     statistics = stages.measure_statistics(
                         frozen,
                         sample,
@@ -153,7 +133,7 @@ def train_stage(
         if step >= settings.steps:
             logging.info('%s: trained already (%d steps)', name, step)
             return
-        batch = to_device(next(batches), mesh, stage.lookup)
+        batch = to_device(stage.inputs(next(batches)), mesh)
         counted = count_flops(graphdef, stage, state, frozen, batch)
         # Compiled ahead: what does not fit is told before the first step, and nothing compiles
         # a second time.
@@ -195,12 +175,12 @@ def train_stage(
                 checkpoints.save(state, statistics, batches)
             if last or (settings.preview_every and step % settings.preview_every == 0 and not stop):
                 model = nnx.merge(graphdef, state.ema)
-                out = stage.preview(model, frozen, with_text(data.clips, stage.lookup))
+                out = stage.preview(model, frozen, stage.inputs(data.clips))
                 stages.write_preview(folder / 'previews', step, *out)
             if stop or (last and signals.received):
                 raise Interrupted(f'{name} saved at step {step}')
             if not last:
-                batch = to_device(next(batches), mesh, stage.lookup)
+                batch = to_device(stage.inputs(next(batches)), mesh)
         check_finite(name, settings, step, before)
 
 
@@ -217,35 +197,16 @@ def check_config(name: str, config: configs.Config, folder: Path, force: bool):
     writable('workdir', folder)
 
 
-def make_source(config: configs.Config, split: str):
-    """The clips of a split as config.data describes them."""
-    options = vars(config.data) | {'split': split, 'seed': config.seed}
-    name = options.pop('source')
-    options.pop('workers')
-    if name != 'folder':
-        # Files alone can be short or few.
-        options.pop('short'), options.pop('test_fraction')
-    return sources.make_source(name, **options)
-
-
-def with_text(batch: dict, lookup: Callable | None) -> dict:
-    """What of a host's batch the losses read, captions being looked up."""
-    if lookup is None:
-        return {'video': batch['video'], 'label': batch['label']}
-    return {'video': batch['video'], 'text': lookup(batch['caption'])}
-
-
-def to_device(batch: dict, mesh, lookup: Callable | None = None) -> dict:
-    """A host's batch for the step, as global arrays over the mesh."""
+def to_device(batch: dict, mesh) -> dict:
+    """What a host's batch holds for the step, as global arrays over the mesh."""
     sharding = batch_sharding(mesh)
-    batch = with_text(batch, lookup)
     return {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}
 
 
 def count_flops(graphdef, stage: stages.Stage, state, frozen, batch) -> float:
     """Model FLOPs of an update: the trained network's forward pass three times, what the frozen
     ones do once. LPIPS counts as part of the network; recomputation is not counted."""
-    keys = jax.random.split(jax.random.key(0), batch['video'].shape[0])
+    keys = jax.random.split(jax.random.key(0), jax.tree.leaves(batch)[0].shape[0])
 
     def forward(params):
         return stage.loss(nnx.merge(graphdef, params), frozen, batch, keys)[0]

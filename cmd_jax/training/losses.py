@@ -1,9 +1,10 @@
 """The three stages' losses: `loss(model, frozen, batch, keys)` -> (scalar, metrics).
 
-`batch` holds uint8 video [b t h w 3] and what the networks are conditioned on: labels [b], or
-captions in the form that frozen['text'] takes (`texts`); `keys` a typed PRNG key for each example;
-`frozen` the networks and arrays that the loss reads and does not train: 'vae' (in latent mode),
-'autoencoder', 'text', 'statistics', 'lpips', those that the stage needs.
+`batch` holds uint8 video [b t h w 3], or content frames and motion latents, and what the networks
+are conditioned on: labels [b], or captions in the form that frozen['text'] takes (`texts`); `keys`
+a typed PRNG key for each example; `frozen` the networks and arrays that the loss reads and does not
+train: 'vae' (in latent mode), 'autoencoder', 'text', 'statistics', 'lpips', those that the stage
+needs.
 """
 
 import dataclasses
@@ -97,7 +98,10 @@ def diffusion_loss(
 
 
 def given(frozen: dict, batch: dict, keys: Array, frames: Frames) -> tuple[Array, Array, Array]:
-    """Content frames, motion latents and conditions of a batch: all that is not trained."""
+    """Content frames, motion latents and conditions of a batch: all that is not trained. A batch
+    from a latent cache has them already."""
+    if 'content' in batch:
+        return batch['content'], batch['motion'], condition_of(frozen, batch)
     content, motion = frozen['autoencoder'].encode(frames(frozen, batch, keys))
     return content, motion, condition_of(frozen, batch)
 

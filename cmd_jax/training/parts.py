@@ -1,11 +1,15 @@
 """From a config to networks, processes and the pretrained parts that it names."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from cmd_jax import stable_diffusion
+from cmd_jax.data import sources
+from cmd_jax.data.clip_options import ClipOptions
 from cmd_jax.diffusion import Process
 from cmd_jax.errors import UserError
 from cmd_jax.models.autoencoder import VideoAutoencoder
@@ -36,6 +40,15 @@ def frame_shape(config: configs.Config) -> tuple[int, int, int]:
                 f'data.{name}={size}: the VAE of {source} needs multiples of {factor}: change it'
             )
     return height // factor, width // factor, about['latent_channels']
+
+
+def make_source(config: configs.Config, split: str, seed: int | None = None):
+    """The clips of a split as config.data describes them; `seed` in the place of config.seed."""
+    fields = dict(vars(config.data))
+    spec, _ = fields.pop('source'), fields.pop('workers')
+    options = {f.name: fields.pop(f.name) for f in dataclasses.fields(ClipOptions)}
+    seed = config.seed if seed is None else seed
+    return sources.make_source(spec, split, ClipOptions(**options), seed=seed, **fields)
 
 
 def make_autoencoder(config: configs.Config, rngs: nnx.Rngs) -> VideoAutoencoder:

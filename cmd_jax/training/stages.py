@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from flax import nnx
 
 from cmd_jax import interop, sampling, stable_diffusion
 from cmd_jax import video as videos
+from cmd_jax.data import sources
+from cmd_jax.data.clips import Skipped
+from cmd_jax.data.latent_records import Latents
 from cmd_jax.diffusion import timesteps
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
 from cmd_jax.interop.files import NAMES, read_state_dict
 from cmd_jax.parallel.mesh import param_sharding, path_name, replicated
 from cmd_jax.training import config as configs
-from cmd_jax.training import losses, parts, texts, trained
+from cmd_jax.training import latent_cache, losses, parts, texts, trained
 
 PREVIEWS = 8
 
@@ -35,7 +39,7 @@ class Stage:
       loss: see `losses`.
       frozen: networks and arrays that the loss reads and does not train.
       frozen_pass: (frozen, batch, keys) -> what the loss computes with them alone.
-      lookup: captions -> batch['text'], or None where labels are the condition.
+      inputs: a host's batch from the pipeline -> what of it the loss reads.
       autoencoder_step: of the frozen autoencoder, or None.
       preview: (network, frozen, batch of real clips) -> (videos uint8 [m t h w 3] to look at, or
         images as one-frame videos; how many of them belong together).
@@ -48,9 +52,51 @@ class Stage:
     loss: Callable
     frozen: dict
     frozen_pass: Callable
-    lookup: Callable | None
+    inputs: Callable[[dict], dict]
     autoencoder_step: int | None
     preview: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What stages are trained on.
+
+    Attributes:
+      source: clips of the training split.
+      class_names: empty where there are no classes, or captions are the condition.
+      captions: all that either split can have, or None where they are not known or not asked for.
+      clips: a batch of the test split, for previews.
+    """
+
+    source: typing.Any
+    class_names: list[str]
+    captions: list[str] | None
+    clips: dict
+
+
+def load_data(config: configs.Config) -> Data:
+    """The data that config.data describes.
+
+    Raises:
+      UserError: it cannot be read, or is not what the stages need.
+    """
+    kind, where = sources.parse(config.data.source)
+    if kind == 'latents' and config.stage in ('autoencoder', 'all'):
+        raise UserError(
+            f'data.source={config.data.source!r} is for the content and motion stages: the '
+            'autoencoder is trained on videos'
+        )
+    train, test = (parts.make_source(config, split) for split in sources.SPLITS)
+    class_names, captions = list(train.class_names), None
+    if config.condition == 'text':
+        class_names = []
+        if train.captions is not None and test.captions is not None:
+            captions = sorted({*train.captions, *test.captions})
+        if captions == ['']:
+            raise UserError(
+                f"data.source={config.data.source!r} has no captions, which condition='text' needs"
+            )
+    return Data(train, class_names, captions, preview_clips(test))
 
 
 def check(name: str, config: configs.Config, classes: int):
@@ -71,21 +117,16 @@ def make(
     name: str,
     config: configs.Config,
     workdir: Path,
-    class_names: list[str],
-    captions: list[str] | None,
+    data: Data,
     mesh,
 ) -> Stage:
-    """The stage of that name; the later two read the autoencoder of `workdir`.
-
-    `class_names` is empty where there are none, or captions are the condition; `captions` are those
-    that the data can have, or None where that is not known.
-    """
+    """The stage of that name; the later two read the autoencoder of `workdir`."""
     section = getattr(config, name)
     at_once = config.stable_diffusion.frames_at_once
     frames = losses.Frames(sampled=config.stable_diffusion.posterior == 'sample', at_once=at_once)
     vae = parts.load_vae(config, mesh)
     frozen = {} if vae is None else {'vae': vae}
-    classes = len(class_names)
+    classes = len(data.class_names)
     common = dict(
         name=name,
         train=section.train,
@@ -100,18 +141,25 @@ def make(
             loss=losses.autoencoder_loss(section.loss, frames),
             frozen=frozen,
             frozen_pass=frames,
-            lookup=None,
+            inputs=labelled,
             autoencoder_step=None,
             preview=functools.partial(preview_autoencoder, at_once),
         )
     autoencoder = trained_autoencoder(config, workdir, mesh)
     frozen['autoencoder'] = autoencoder.network
-    text = None
-    if config.condition == 'text':
+    cached = isinstance(data.source, Latents)
+    if cached:
+        latent_cache.check(data.source, config, autoencoder)
+    inputs, text = labelled, None
+    if config.condition == 'text' and cached:
+        text = texts.given(data.source.empty_prompt(), pooled=name == 'motion', mesh=mesh)
+    elif config.condition == 'text':
         encoder = parts.load_frozen(parts.text_source(config, name), ('text_encoder',), mesh)
         dtype = parts.compute_dtype(section.train.precision)
-        text = texts.make(encoder, captions, pooled=name == 'motion', dtype=dtype, mesh=mesh)
+        text = texts.make(encoder, data.captions, pooled=name == 'motion', dtype=dtype, mesh=mesh)
+    if text is not None:
         frozen['text'] = text.frozen
+        inputs = functools.partial(captioned, text.lookup)
     process = parts.make_process(section.process)
     options = dataclasses.asdict(section.sampling)
     if not classes and text is None:
@@ -130,10 +178,24 @@ def make(
         loss=loss,
         frozen=frozen,
         frozen_pass=functools.partial(losses.given, frames=frames),
-        lookup=text and text.lookup,
+        inputs=inputs,
         autoencoder_step=autoencoder.step,
         preview=functools.partial(preview, process, options, at_once),
     )
+
+
+# What of a batch the losses read besides the condition: clips, or what a cache has of them.
+READ = ('video', 'content', 'motion')
+
+
+def labelled(batch: dict) -> dict:
+    """What of a batch the losses read, with labels."""
+    return {name: batch[name] for name in (*READ, 'label') if name in batch}
+
+
+def captioned(lookup: Callable[[dict], np.ndarray], batch: dict) -> dict:
+    """What of a batch the losses read, with text."""
+    return {name: batch[name] for name in READ if name in batch} | {'text': lookup(batch)}
 
 
 def start(name: str, config: configs.Config, classes: int, mesh) -> dict:
@@ -190,7 +252,7 @@ def measure_statistics(frozen: dict, batches: Iterator[dict], clips: int, at_onc
     count = total = squares = 0
     seen = 0
     while seen < clips:
-        motion = np.asarray(encode(frozen, next(batches)['video'], at_once)[1], np.float64)
+        motion = np.asarray(encode(frozen, next(batches), at_once)[1], np.float64)
         seen += len(motion)
         flat = motion.reshape(-1, motion.shape[-1])
         count, total, squares = count + len(flat), total + flat.sum(0), squares + (flat**2).sum(0)
@@ -200,16 +262,18 @@ def measure_statistics(frozen: dict, batches: Iterator[dict], clips: int, at_onc
     return {'mean': jnp.asarray(mean, jnp.float32), 'std': jnp.asarray(std, jnp.float32)}
 
 
-def encode(frozen: dict, video, at_once: int):
-    """Content frames and motion latents by the frozen autoencoder."""
+def encode(frozen: dict, batch: dict, at_once: int):
+    """Content frames and motion latents of a batch, by the frozen autoencoder or from a cache."""
+    if 'content' in batch:
+        return jnp.asarray(batch['content']), jnp.asarray(batch['motion'])
     return sampling.encode_program(
-        frozen['autoencoder'], frozen.get('vae'), jnp.asarray(video), at_once=at_once
+        frozen['autoencoder'], frozen.get('vae'), jnp.asarray(batch['video']), at_once=at_once
     )
 
 
 def conditions(model, frozen: dict, batch: dict):
     """(condition, null) of a preview's clips."""
-    batch = {name: jnp.asarray(x) for name, x in batch.items() if name != 'video'}
+    batch = {name: jnp.asarray(x) for name, x in batch.items() if name not in READ}
     condition = losses.condition_of(frozen, batch)
     return condition, losses.null_condition(model, frozen, condition)
 
@@ -217,7 +281,7 @@ def conditions(model, frozen: dict, batch: dict):
 def preview_autoencoder(at_once, model, frozen, batch):
     """Real clips, their content frames (held) and their reconstructions."""
     real, vae = batch['video'], frozen.get('vae')
-    content, motion = encode(frozen | {'autoencoder': model}, real, at_once)
+    content, motion = encode(frozen | {'autoencoder': model}, batch, at_once)
     frame = np.asarray(sampling.video_program(vae, content[:, None], at_once=1))
     frame = np.repeat(frame, real.shape[1], 1)
     out = sampling.decode_program(model, vae, content, motion, at_once=at_once)
@@ -226,7 +290,7 @@ def preview_autoencoder(at_once, model, frozen, batch):
 
 def preview_content(process, options, at_once, model, frozen, batch):
     """Content frames of real clips, and generated ones of the same condition."""
-    true = encode(frozen, batch['video'], at_once)[0]
+    true = encode(frozen, batch, at_once)[0]
     keys = sampling.video_keys(0, 0, len(true))
     out = sampling.content_program(
         model, process, keys, *conditions(model, frozen, batch), true.shape[1:], **options
@@ -236,8 +300,14 @@ def preview_content(process, options, at_once, model, frozen, batch):
 
 
 def preview_motion(process, options, at_once, model, frozen, batch):
-    """Real clips, and their content frames with generated motion."""
-    content = encode(frozen, batch['video'], at_once)[0]
+    """Real clips (of a cache, their reconstructions), and their content frames with generated
+    motion."""
+    content, true = encode(frozen, batch, at_once)
+    real = batch.get('video')
+    if real is None:
+        real = sampling.decode_program(
+            frozen['autoencoder'], frozen.get('vae'), content, true, at_once=at_once
+        )
     keys = sampling.video_keys(0, 0, len(content))
     motion = sampling.motion_program(
         *(model, process, keys, content),
@@ -248,7 +318,7 @@ def preview_motion(process, options, at_once, model, frozen, batch):
     out = sampling.decode_program(
         frozen['autoencoder'], frozen.get('vae'), content, motion, at_once=at_once
     )
-    return interleave(batch['video'], np.asarray(out)), 2
+    return interleave(np.asarray(real), np.asarray(out)), 2
 
 
 def interleave(*rows: np.ndarray) -> np.ndarray:
@@ -269,7 +339,8 @@ def write_preview(folder: Path, step: int, out: np.ndarray, together: int):
 
 def preview_clips(source) -> dict[str, np.ndarray]:
     """The first clips of a source as a batch: always the same."""
-    clips = [clip for i in range(min(PREVIEWS, len(source))) if (clip := source[i]) is not None]
-    if not clips:
-        raise UserError('no clip of the test split can be decoded')
-    return {name: np.stack([clip[name] for clip in clips]) for name in clips[0]}
+    found = [source[i] for i in range(min(PREVIEWS, len(source)))]
+    good = [clip for clip in found if not isinstance(clip, Skipped)]
+    if not good:
+        raise UserError(f'{source.name}: no clip of the test split can be had: {found[0]}')
+    return {name: np.stack([clip[name] for clip in good]) for name in good[0]}

@@ -59,17 +59,32 @@ class Encode:
         return mean_over_text(hidden, ids, self.encoder.end) if self.pooled else hidden
 
 
+@struct.dataclass
+class Given:
+    """Features come with the batch.
+
+    Attributes:
+      null: features of the empty prompt.
+    """
+
+    null: Leaf
+
+    def __call__(self, features: Float[Array, 'b *s']) -> Float[Array, 'b *s']:
+        return features
+
+
 @dataclasses.dataclass(frozen=True)
 class Texts:
     """What a stage needs of text.
 
     Attributes:
       frozen: the part inside the step.
-      lookup: captions [b] -> batch['text'], int32 [b] or [b n].
+      lookup: a batch from the pipeline -> batch['text'] of the step: int32 [b] or [b n], or
+        features.
     """
 
-    frozen: Table | Encode
-    lookup: Callable[[Sequence[str]], np.ndarray]
+    frozen: Table | Encode | Given
+    lookup: Callable[[dict], np.ndarray]
 
 
 def make(
@@ -100,11 +115,22 @@ def make(
     null = features([''])[0]
     if captions is None or len(captions) * null.size * null.dtype.itemsize > table_bytes:
         logging.info('captions are encoded in each step')
-        return Texts(Encode(encoder.text_encoder, null, pooled), encoder.tokenize)
+        frozen = Encode(encoder.text_encoder, null, pooled)
+        return Texts(frozen, lambda batch: encoder.tokenize([str(c) for c in batch['caption']]))
     rows = {caption: i for i, caption in enumerate(captions)}
     logging.info('%d captions are encoded once', len(rows))
 
-    def lookup(captions):
-        return np.asarray([rows[str(caption)] for caption in captions], np.int32)
+    def lookup(batch):
+        return np.asarray([rows[str(caption)] for caption in batch['caption']], np.int32)
 
     return Texts(Table(features(list(rows)), null), lookup)
+
+
+def given(empty_prompt: dict, *, pooled: bool, mesh: jax.sharding.Mesh) -> Texts:
+    """The texts of a stage whose batches bring features, from a latent cache.
+
+    `empty_prompt` has the features of no text: `hidden` [n k] and `pooled` [k].
+    """
+    name = 'pooled' if pooled else 'hidden'
+    null = jax.device_put(jnp.asarray(empty_prompt[name], jnp.float32), replicated(mesh))
+    return Texts(Given(null), lambda batch: batch[name])

@@ -5,15 +5,17 @@ and motion the step of the autoencoder.
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from cmd_jax.errors import UserError
-from cmd_jax.parallel.mesh import param_sharding, replicated
+from cmd_jax.parallel.mesh import param_sharding, path_name, replicated
 from cmd_jax.training import config as configs
 from cmd_jax.training import metrics
 from cmd_jax.training.checkpoint import Checkpoints
@@ -108,6 +110,16 @@ def load(
         statistics=stored.get('statistics'),
         **inputs,
     )
+
+
+def fingerprint(network: nnx.Module) -> str:
+    """A hash of a network's parameters and their names."""
+    digest = hashlib.sha256()
+    params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(path_name(path).encode())
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()
 
 
 def placed(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
