@@ -1,6 +1,8 @@
 """Two thousand files made by mutating real ones, in one run: no crash, no hang, all counted."""
 
 import collections
+import os
+import tempfile
 import time
 
 import numpy as np
@@ -103,6 +105,23 @@ def test_more_bad_files_than_allowed_stop_the_run(folder):
     with pytest.raises(UserError, match='videos are unreadable, more than data.max_bad=0.05') as e:
         sources.make_source(f'folder:{folder[0]}', 'train', OPTIONS, max_bad=0.05)
     assert str(e.value).count('; ') == 9, 'the first ten reasons'
+
+
+def test_files_that_may_not_be_read_are_unreadable():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        for name, mode in (('open.mp4', 0o644), ('closed.mp4', 0)):
+            video.write(f'{folder}/{name}', numbered(4))
+            os.chmod(f'{folder}/{name}', mode)
+        user = os.geteuid()
+        try:
+            if user == 0:  # who may read everything
+                os.seteuid(65534)
+            assert clips.probe(f'{folder}/open.mp4').frames == 4
+            with pytest.raises(clips.BadVideo, match='unreadable .Permission denied'):
+                clips.probe(f'{folder}/closed.mp4')
+        finally:
+            os.seteuid(user)
 
 
 def test_a_file_that_takes_too_long_is_given_up(tmp_path):

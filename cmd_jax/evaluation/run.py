@@ -13,7 +13,7 @@ def clip_sizes(generator, source: str, protocol: str) -> dict[str, int]:
       UserError: they are of another source than the protocol can judge.
     """
     data = generator.config['autoencoder'].data
-    if data.source != source:
+    if data.source.partition(':')[0] != source:
         raise UserError(
             f'data.source={data.source!r} of this run: protocol={protocol} judges {source} only, '
             'give the workdir of a run trained on them'
