@@ -5,7 +5,8 @@
 
 `sd21` is 16 x 512 x 1024 with Stable Diffusion 2.1-base, `sd15` 16 x 512 x 512 with 1.5. DIR holds
 videos and their captions: captions.csv with the columns path and caption, or a .txt beside each
-video. With `autoencoder` done, `content` and `motion` can be trained at the same time on two
+video; docs/data.md tells of tables of videos, and of caches that spare the later stages much work.
+With `autoencoder` done, `content` and `motion` can be trained at the same time on two
 machines. The models are downloaded on first use; --config.stable_diffusion.source=FOLDER takes a
 local one. All stages of `sd15` where none is named.
 
