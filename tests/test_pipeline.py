@@ -1,10 +1,15 @@
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from cmd_jax import video
 from cmd_jax.data import pipeline
 from cmd_jax.data.clips import Skipped
 
@@ -166,3 +171,50 @@ def test_an_epoch_holds_every_sample_once_over_an_interruption(stop):
 
 
 ONE = {'process_index': 0, 'process_count': 1}
+
+
+PROCESS = """
+import json, sys, zlib
+from cmd_jax.data import pipeline, sources
+from cmd_jax.data.clip_options import ClipOptions
+
+if __name__ == '__main__':
+    index, count, workers, stop = map(int, sys.argv[1:5])
+    options = ClipOptions(frames=4, height=16, width=16, flip=True)
+    source = sources.make_source(sys.argv[5], 'train', options, test_fraction=0.001)
+    given = dict(seed=3, shuffle=True, repeat=True, process_index=index, process_count=count)
+    batches, seen = pipeline.Batches(source, 4 // count, **given), []
+    for step in range(8):
+        if step == stop:
+            state = batches.get_state()
+            batches.close()
+            batches = pipeline.Batches(source, 4 // count, **given, workers=workers)
+            batches.set_state(state)
+        batch = next(batches)
+        seen += [[int(i), zlib.crc32(v.tobytes())] for i, v in zip(batch['index'], batch['video'])]
+    batches.close()
+    print(json.dumps(seen))
+"""
+
+
+def test_processes_read_one_sequence_of_random_clips(tmp_path):
+    """One process, and two that stop at different steps and go on with workers."""
+    for i in range(8):
+        noise = np.random.default_rng(i).integers(0, 256, (12, 24, 40, 3), dtype=np.uint8)
+        video.write(tmp_path / 'videos' / f'{i}.mp4', noise)
+    (tmp_path / 'process.py').write_text(PROCESS)
+    root = pathlib.Path(__file__).parent.parent
+    asked = [(0, 1, 0, -1), (0, 2, 1, 3), (1, 2, 2, 5)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / 'process.py', *map(str, a), f'folder:{tmp_path}/videos'],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {'PYTHONPATH': str(root)},
+        )
+        for a in asked
+    ]
+    whole, *halves = (json.loads(p.communicate(timeout=200)[0].splitlines()[-1]) for p in running)
+    assert [x for pair in zip(*halves) for x in pair] == whole
+    # The same video comes again, as another clip.
+    assert len({tuple(x) for x in whole}) > len({i for i, _ in whole}) == 7
