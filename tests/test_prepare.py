@@ -232,3 +232,5 @@ def test_wrong_flags_exit_with_a_line(folder, tmp_path):
         assert process.returncode == 2 and 'Traceback' not in error
         assert error.splitlines()[-1].startswith('error: ') and message in error.splitlines()[-1]
     assert not (tmp_path / 'out').exists()
+    shown = subprocess.run([*COMMAND, '--help'], capture_output=True, text=True, timeout=100)
+    assert '--videos_per_shard' in shown.stdout and 'Traceback' not in shown.stderr

@@ -29,7 +29,7 @@ import threading
 from collections.abc import Sequence
 from concurrent import futures
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 from cmd_jax import cli
 from cmd_jax.data import clips, files, records, shards
@@ -341,6 +341,7 @@ def main():
     out = flags.DEFINE_string('out', None, 'Folder or URL to write')
     max_bad = flags.DEFINE_float('max_bad', 0.5, 'Share of the videos that may be unreadable')
     workers = flags.DEFINE_integer('workers', 1, 'Processes on this machine', lower_bound=1)
+    app.define_help_flags()
     sys.argv, beam_flags = divide(sys.argv)
 
     def run():
