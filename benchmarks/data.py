@@ -147,7 +147,7 @@ def decoding(folder: pathlib.Path) -> dict:
             'folder, 1 worker': lambda: pipeline_loop(spec, 1, clips),
             'folder, 2 workers': lambda: pipeline_loop(spec, 2, 2 * clips),
             **{
-                f'records ({name}), 1 worker': functools.partial(pipeline_loop, spec, 1, 1000)
+                f'records ({name}), 1 worker': functools.partial(pipeline_loop, spec, 1, 4000)
                 for name, spec in stored.items()
             },
         }

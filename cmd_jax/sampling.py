@@ -161,10 +161,14 @@ def draw_motion(
 
 
 def encode(
-    autoencoder: VideoAutoencoder, vae: VAE | None, video: UInt8[Array, 'b t h w 3'], at_once: int
+    autoencoder: VideoAutoencoder,
+    vae: VAE | None,
+    video: UInt8[Array, 'b t h w 3'],
+    at_once: int,
+    keys: Array | None = None,
 ) -> tuple[Float[Array, 'b h2 w2 c'], Float[Array, 'b t2 s d']]:
-    """Content frames and motion latents of real clips."""
-    return autoencoder.encode(to_frames(vae, video, at_once=at_once))
+    """Content frames and motion latents of real clips; `keys` as in `to_frames`."""
+    return autoencoder.encode(to_frames(vae, video, at_once=at_once, keys=keys))
 
 
 def decode(

@@ -125,8 +125,8 @@ def frames(
 
 
 def upright(frame: av.VideoFrame, reformatter: VideoReformatter | None = None) -> Frame:
-    """A decoded frame as RGB, turned as the file's rotation metadata says. With a `reformatter`
-    that is kept from frame to frame, several frames are converted in a fraction of the time."""
+    """A decoded frame as RGB, turned as the file's rotation metadata says. A `reformatter` that
+    is kept from frame to frame is set up once."""
     rgb = (reformatter or VideoReformatter()).reformat(frame, format='rgb24')
     return np.rot90(rgb.to_ndarray(), round(frame.rotation / 90) % 4)
 

@@ -84,6 +84,15 @@ def test_a_missing_package_is_named():
         sources.make_source('folder:gs://bucket/x', 'train', OPTIONS)
 
 
+def test_a_store_that_does_not_answer(store, monkeypatch):
+    def refuse(self, path, *_, **__):
+        raise ConnectionError('cannot connect to host')
+
+    monkeypatch.setattr(type(store), '_open', refuse)
+    with pytest.raises(UserError, match='memory://bucket/x.csv cannot be read .ConnectionError'):
+        sources.make_source('manifest:memory://bucket/x.csv', 'train', OPTIONS)
+
+
 def test_paths_are_joined():
     assert files.join('a/b', 'c/d.mp4') == 'a/b/c/d.mp4'
     assert files.join('a', '/x.mp4') == '/x.mp4' and files.join('a', 'gs://b/x') == 'gs://b/x'

@@ -38,7 +38,7 @@ def samples(
     *,
     seed: int,
     shuffle: bool,
-    repeat: bool | int,
+    repeat: bool,
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -51,7 +51,7 @@ def samples(
       source: see `cmd_jax.data.sources`.
       seed: of order and of random clips, at least 0.
       shuffle: or the order of the source.
-      repeat: for ever, or so many times (True, False: for ever, once).
+      repeat: for ever, or once.
       workers: processes that read and decode; 0: threads of this process.
       process_index: of this host among all.
       process_count: hosts.
@@ -61,10 +61,8 @@ def samples(
     sequence = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         sequence = sequence.shuffle()
-    if repeat is True:
+    if repeat:
         sequence = sequence.repeat()
-    elif repeat:
-        sequence = sequence.repeat(repeat)
     sequence = sequence.random_map(_Sample(source))[process_index::process_count]
     if start:
         sequence = sequence[start:]
@@ -195,7 +193,8 @@ class Batches(grain.DatasetIterator):
         self._lost += 1
         self._bad += sample.reason != clips.TOO_SHORT
         self._row += 1
-        most = min(len(self._source), IN_A_ROW)
+        # The bad ones may come last in one epoch and first in the next.
+        most = min(2 * len(self._source), IN_A_ROW)
         if self._seen >= min(len(self._source), SEEN) and self._bad > self._max_bad * self._seen:
             what = f'{self._bad} of {self._seen} samples, more than data.max_bad={self._max_bad},'
         elif self._row >= most:

@@ -39,7 +39,7 @@ from cmd_jax.data.sources import FILES, SPLITS
 from cmd_jax.data.videos import FIRST, LISTED_CAPTIONS
 from cmd_jax.errors import UserError, writable
 
-SETTINGS, SKIPPED = 'settings.json', 'skipped.csv'
+SKIPPED = 'skipped.csv'
 MAX_SHARDS = 99_999  # their names have five digits
 TEMPORARY = re.compile(r'.+\.(array_record|json|csv)\.\d+\.tmp')  # names of unfinished files
 PROGRESS = 30.0  # seconds between two lines in the log
@@ -69,7 +69,7 @@ def prepare(
     options = parse_beam(beam_flags, workers)
     if not files.is_url(out):
         writable('--out', out)
-    path, header = files.join(out, SETTINGS), files.join(out, records.HEADER)
+    path, header = files.join(out, records.SETTINGS), files.join(out, records.HEADER)
     now = dataclasses.asdict(settings)
     before = json.loads(files.read(path)) if files.exists(path) else None
     if before is not None:
@@ -114,12 +114,12 @@ def missing_shards(out: str, numbers: dict[str, int]) -> list[tuple[str, int]]:
     """(split, number) of the shards that are still to be made; `numbers`: of shards, by split."""
     there = {
         *files.names(out, '.array_record'),
-        *files.names(files.join(out, shards.PARTS), '.json'),
+        *files.names(files.join(out, records.PARTS), '.json'),
     }
     missing = []
     for split, number in numbers.items():
         for i in range(number):
-            part = os.path.basename(shards.part(out, split, i))
+            part = os.path.basename(records.part(out, split, i))
             if not {records.shard_name(split, i, number), part} <= there:
                 missing.append((split, i))
     return missing
@@ -132,7 +132,7 @@ def progress(out: str, total: int):
 
     def tell():
         while not stop.wait(PROGRESS):
-            done = len(files.names(files.join(out, shards.PARTS), '.json'))
+            done = len(files.names(files.join(out, records.PARTS), '.json'))
             logging.info('%d of %d shards', done, total)
 
     thread = threading.Thread(target=tell, daemon=True)
@@ -217,7 +217,7 @@ def finish(settings: Settings, out: str, videos: Videos, numbers: dict[str, int]
     splits, spans, captions = {}, {'frames': [], 'fps': []}, set()
     for split, number in numbers.items():
         total, reasons = collections.Counter(videos=0, records=0, bytes=0), collections.Counter()
-        paths = [shards.part(out, split, i) for i in range(number)]
+        paths = [records.part(out, split, i) for i in range(number)]
         with futures.ThreadPoolExecutor(32) as pool:
             for about in map(json.loads, pool.map(files.read, paths)):
                 total.update({name: about[name] for name in total})
@@ -241,7 +241,7 @@ def finish(settings: Settings, out: str, videos: Videos, numbers: dict[str, int]
     check(settings, skipped, splits, max_bad)
     if not files.is_url(out):
         # What processes left that were killed.
-        for folder in (out, files.join(out, shards.PARTS)):
+        for folder in (out, files.join(out, records.PARTS)):
             for name in filter(TEMPORARY.fullmatch, files.names(folder, '.tmp')):
                 os.remove(files.join(folder, name))
     frames, fps = spans['frames'], spans['fps']

@@ -28,7 +28,9 @@ from cmd_jax.data.clip_options import ClipOptions, VideoInfo
 from cmd_jax.data.videos import log_once
 from cmd_jax.errors import UserError
 
-HEADER = 'header.json'
+# Of a folder that is being made: what decides its content, what became of each shard, and at last
+# what it holds.
+SETTINGS, PARTS, HEADER = 'settings.json', 'parts', 'header.json'
 VIDEOS = 'cmd_jax videos 1'
 SHARD = re.compile(r'(train|test)-(\d{5})-of-(\d{5})\.array_record')
 # Records are read one by one, in random order: a group would be read for one of them. Raw frames
@@ -70,6 +72,11 @@ def jpeg(video: np.ndarray) -> dict[str, np.ndarray]:
 
 def shard_name(split: str, shard: int, shards: int) -> str:
     return f'{split}-{shard:05d}-of-{shards:05d}.array_record'
+
+
+def part(folder: str, split: str, shard: int) -> str:
+    """The file that tells what became of a shard, written after it: with both, it is complete."""
+    return files.join(folder, PARTS, f'{split}-{shard:05d}.json')
 
 
 def write_shard(path: str, records: Iterable[bytes]) -> int:
@@ -126,7 +133,6 @@ class Shards:
                 'make it anew, or give another folder'
             )
         paths = [files.local(files.join(folder, m[0])) for m in found]
-        # Empty shards have no index to be read.
         self._source = ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:
@@ -185,7 +191,6 @@ class RecordVideos:
                 f"{path}: its videos differ in length, so data.clips='all' cannot number their "
                 'clips: prepare with --clips=all'
             )
-
         log_once(f'records: {len(self)} clips of {len(self._shards)} records to {split}')
 
     def __len__(self) -> int:

@@ -39,7 +39,6 @@ CLIPS = (*PLACES, 'whole')
 CROPS = ('none', 'center')
 ENCODINGS = ('raw', 'jpeg')
 FRAMES = 16  # of a clip, where nothing is said
-PARTS = 'parts'
 # Clips that follow one another are decoded together: alone, each would begin at a keyframe that
 # lies before it.
 TOGETHER, TOGETHER_BYTES = 64, 2**27
@@ -306,11 +305,6 @@ def _opened(settings, expected):
     return videos
 
 
-def part(out: str, split: str, shard: int) -> str:
-    """The file with what became of a shard's videos; with it, the shard is complete."""
-    return files.join(out, PARTS, f'{split}-{shard:05d}.json')
-
-
 def make_shard(element: tuple[str, int], settings: Settings, out: str, expected: str):
     """Makes the shard (split, number) of a folder, unless it is there.
 
@@ -323,7 +317,7 @@ def make_shard(element: tuple[str, int], settings: Settings, out: str, expected:
     videos = opened(settings, expected)
     source = videos.splits[split]
     path = files.join(out, records.shard_name(split, shard, videos.shards(settings, split)))
-    if files.exists(path) and files.exists(part(out, split, shard)):
+    if files.exists(path) and files.exists(records.part(out, split, shard)):
         return
     first = shard * settings.videos_per_shard
     numbers = range(first, min(first + settings.videos_per_shard, source.videos))
@@ -357,7 +351,7 @@ def make_shard(element: tuple[str, int], settings: Settings, out: str, expected:
         'reasons': reasons,
         'skipped': skipped,
     }
-    files.write(part(out, split, shard), json.dumps(about).encode())
+    files.write(records.part(out, split, shard), json.dumps(about).encode())
     for name, value in {'videos': len(numbers), 'records': count, **reasons}.items():
         Metrics.counter('prepare', name).inc(value)
 

@@ -2,9 +2,10 @@
 
 A source has `len`, `source[i]` and `source.__getitem__(i, rng)`, which give a dict of `video` uint8
 [t h w 3], `label` int32, `caption` str and `index` int64, or `clips.Skipped` for a clip that cannot
-be had; and the attributes `name`, `class_names` (empty where there are no classes) and `captions`
-(what its clips can have, sorted, each once; None where they are too many to list). It is picklable:
-workers get a copy. `rng` draws what is random in training; without it the clip is the middle one.
+be had (`Latents`: `content` and `motion` instead of `video`); and the attributes `name`,
+`class_names` (empty where there are no classes) and `captions` (what its clips can have, sorted,
+each once; None where they are too many to list). It is picklable: workers get a copy. `rng` draws
+what is random in training; without it the clip is the middle one.
 """
 
 from cmd_jax.data import listings, manifest

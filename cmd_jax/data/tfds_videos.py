@@ -118,7 +118,7 @@ class TfdsVideos:
             chosen = (rgb(frames[n]) for n in numbers)
             video = clips.fit(chosen, *size, choice.crop, choice.flip)[order]
         except (OSError, SyntaxError, ValueError) as e:  # Pillow's for broken images
-            return self._skipped(i, 'unreadable', str(e))
+            return self._skipped(i, clips.UNREADABLE, str(e))
         return {
             'video': video,
             'label': np.int32(label),

@@ -97,9 +97,8 @@ class VideoFiles:
         if options.clips == 'all' and not probe:
             raise UserError("data.clips='all' counts the clips of each file: set data.probe=True")
         self.name, self.class_names = listing.name, listing.class_names
-        self.options = options if split == 'train' else options.fixed()
-        self.max_bad = max_bad
-        self._root, self._timeout = listing.root, timeout
+        self._options = options if split == 'train' else options.fixed()
+        self._root, self._timeout, self._max_bad = listing.root, timeout, max_bad
         self.skipped = dict(listing.skipped)
         table = listing.table
         if 'split' in table.column_names:
@@ -118,7 +117,7 @@ class VideoFiles:
         self._keep(table)
         self._ends = None
         if probe:
-            counts = [self.options.count(self.info(v)) for v in range(self.videos)]
+            counts = [self._options.count(self.info(v)) for v in range(self.videos)]
             if max(counts) > 1:
                 self._ends = np.cumsum(counts)
         self.captions = listed(table['caption']) if 'caption' in table.column_names else ['']
@@ -135,10 +134,10 @@ class VideoFiles:
             which = int(i) - int(self._ends[video - 1] if video else 0)
         try:
             info = self.info(video)
-            if not self.options.count(info):
+            if not self._options.count(info):
                 raise self._short(info)
-            choice = self.options.choose(info, which, rng)
-            size = self.options.height, self.options.width
+            choice = self._options.choose(info, which, rng)
+            size = self._options.height, self._options.width
             clip = clips.read(self.path(video), choice, *size, self._timeout)
         except clips.BadVideo as e:
             return clips.Skipped(self._name(video), e.reason, e.detail)
@@ -218,7 +217,7 @@ class VideoFiles:
         for v, info in enumerate(probe_all(paths, self._timeout)):
             if isinstance(info, VideoInfo):
                 part = self._part(v, info)
-                if self.options.count(part):
+                if self._options.count(part):
                     good.append(v), frames.append(info.frames), fps.append(info.fps)
                     continue
                 info = self._short(part)
@@ -227,22 +226,24 @@ class VideoFiles:
         if not good:
             raise UserError(
                 f'{self._root}: none of its {found} video files gives a clip of '
-                f'{self.options.frames} frames, {self._step()}: {self._tally()}; give other files, '
-                "or lower data.frames or data.stride, or loop short ones (data.short='loop')"
+                f'{self._options.frames} frames, {self._step()}: {self._tally()}; give other '
+                "files, or lower data.frames or data.stride, or loop short ones (data.short='loop')"
             )
-        if bad > self.max_bad * len(paths):
+        if bad > self._max_bad * len(paths):
             raise UserError(
                 f'{self._root}: {bad} of {len(paths)} videos are unreadable, more than '
-                f'data.max_bad={self.max_bad}: {"; ".join(self._reasons())}'
+                f'data.max_bad={self._max_bad}: {"; ".join(self._reasons())}'
             )
         table = table.take(good).append_column('frames', pa.array(frames, pa.int64()))
         return table.append_column('fps', pa.array(fps, pa.float64()))
 
     def _step(self) -> str:
-        return f'{self.options.fps:g} fps' if self.options.fps else f'stride {self.options.stride}'
+        return (
+            f'{self._options.fps:g} fps' if self._options.fps else f'stride {self._options.stride}'
+        )
 
     def _short(self, info):
-        detail = f'frames={info.frames}, clips need {self.options.least(info.fps)}'
+        detail = f'frames={info.frames}, clips need {self._options.least(info.fps)}'
         return clips.BadVideo(clips.TOO_SHORT, detail)
 
     def _reasons(self):
@@ -338,7 +339,7 @@ def probe_all(paths: Sequence[str], timeout: float) -> list[VideoInfo | clips.Ba
         try:
             about = os.stat(path)
         except OSError as e:
-            return clips.BadVideo('unreadable', e.strerror)
+            return clips.BadVideo(clips.UNREADABLE, e.strerror)
         return _probe(path, timeout, about.st_size, about.st_mtime_ns)
 
     unique = list(dict.fromkeys(paths))  # parts of one file

@@ -1,7 +1,6 @@
 """Writes latent caches, and tells whether a cache was made by the networks of a run."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -22,8 +21,6 @@ from cmd_jax.parallel.mesh import batch_sharding, make_mesh
 from cmd_jax.training import config as configs
 from cmd_jax.training import parts, trained
 
-SETTINGS = 'settings.json'
-PARTS = 'parts'  # folder of what is told of each shard
 # Fields of config.data, and the flags that set them.
 FIELDS = {
     field.name: 'data' if field.name == 'source' else field.name
@@ -147,7 +144,7 @@ def begin(out: str, settings: dict) -> bool:
     Raises:
       UserError: the folder holds something else.
     """
-    path = os.path.join(out, SETTINGS)
+    path = os.path.join(out, records.SETTINGS)
     settings = json.loads(json.dumps(settings))
     if os.path.exists(path):
         stored = json.loads(files.read(path))
@@ -170,8 +167,9 @@ def flat(tree: dict) -> dict:
 
 def write_split(out, split, source, total, shards, mine, shard_clips, encoder, config):
     """Writes the shards `mine` of a split that are not there yet."""
-    names = {k: records.shard_name(split, k, shards) for k in mine}
-    missing = [k for k in mine if not os.path.exists(about(out, names[k]))]
+    paths = {k: os.path.join(out, records.shard_name(split, k, shards)) for k in mine}
+    about = {k: records.part(out, split, k) for k in mine}
+    missing = [k for k in mine if not (os.path.exists(paths[k]) and os.path.exists(about[k]))]
     if not missing:
         return
     start, end = missing[0] * shard_clips, min((mine[-1] + 1) * shard_clips, total)
@@ -193,16 +191,11 @@ def write_split(out, split, source, total, shards, mine, shard_clips, encoder, c
                     for _ in part.samples():
                         pass
                     continue
-                made = records.write_shard(os.path.join(out, names[k]), encoder(part.samples()))
+                made = records.write_shard(paths[k], encoder(part.samples()))
                 told = {'records': made, 'skipped': part.skipped}
-                files.write(about(out, names[k]), json.dumps(told).encode())
+                files.write(about[k], json.dumps(told).encode())
     finally:
         sequence.close()
-
-
-def about(out: str, shard: str) -> str:
-    """Where it is told what a shard holds; written after the shard."""
-    return os.path.join(out, PARTS, f'{shard}.json')
 
 
 class Part:
@@ -226,8 +219,7 @@ def finish(out, settings, splits, encoder, shard_clips, config):
     told = {}
     for split, total in settings['clips'].items():
         shards = -(-total // shard_clips)
-        names = [records.shard_name(split, k, shards) for k in range(shards)]
-        made = [json.loads(files.read(about(out, name))) for name in names]
+        made = [json.loads(files.read(records.part(out, split, k))) for k in range(shards)]
         skipped = {k: v for part in made for k, v in part['skipped'].items()}
         lost = total - sum(part['records'] for part in made)
         counts = videos.tally(reason for reason, _ in skipped.values())
@@ -297,7 +289,9 @@ class Encoder:
             places = np.concatenate([places, np.repeat(places[:1], fill)])
             keys = jax.vmap(lambda p: jax.random.fold_in(jax.random.key(self.seed), p))(places)
         with jax.set_mesh(self._mesh):
-            return encode_program(self._autoencoder, self._vae, video, keys, at_once=self._at_once)
+            return sampling.encode_program(
+                self._autoencoder, self._vae, video, at_once=self._at_once, keys=keys
+            )
 
     def _records(self, batch, encoded):
         arrays = dict(zip(('content', 'motion'), map(np.asarray, encoded)))
@@ -315,9 +309,3 @@ class Encoder:
         encoded = {id(text): text.encode(captions) for text in self.texts.values()}
         hidden, pooled = (encoded[id(self.texts[name])] for name in ('hidden', 'pooled'))
         return {'hidden': hidden[0], 'pooled': pooled[1]}
-
-
-@functools.partial(jax.jit, static_argnames='at_once')
-def encode_program(autoencoder, vae, video, keys, *, at_once):
-    """Content frames and motion latents of clips uint8 [b t h w 3]."""
-    return autoencoder.encode(sampling.to_frames(vae, video, at_once=at_once, keys=keys))

@@ -80,8 +80,7 @@ def load_data(config: configs.Config) -> Data:
     Raises:
       UserError: it cannot be read, or is not what the stages need.
     """
-    kind, where = sources.parse(config.data.source)
-    if kind == 'latents' and config.stage in ('autoencoder', 'all'):
+    if sources.parse(config.data.source)[0] == 'latents' and config.stage in ('autoencoder', 'all'):
         raise UserError(
             f'data.source={config.data.source!r} is for the content and motion stages: the '
             'autoencoder is trained on videos'
