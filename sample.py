@@ -3,14 +3,17 @@
     python sample.py --workdir=runs/ucf101 --labels=3,17 --num_videos=8 --steps=50 --guidance=4
     python sample.py --workdir=runs/t2v --prompt="a teddy bear skating in Times Square"
     python sample.py --workdir=runs/t2v --image=picture.jpg --prompt="waves on a beach"
+    python sample.py --config=configs/text_to_video.py:sd21,all --compile_for=v5e:1x1
 
 Writes to --out: one mp4 a video, grid.mp4, grid.gif, frames.png (a row a video) and samples.json.
+The last one needs no run: it compiles for a TPU that is not here, and tells what sampling takes.
 """
 
 import json
 from pathlib import Path
 
 from absl import flags, logging
+from ml_collections import config_flags
 
 from cmd_jax import cli
 from cmd_jax.errors import UserError, writable
@@ -34,10 +37,20 @@ STABLE_DIFFUSION = flags.DEFINE_string(
     'stable_diffusion', None, 'Folder of the pretrained image model, if it has moved'
 )
 BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Videos at a time', lower_bound=1)
+CONFIG = config_flags.DEFINE_config_file('config', None, 'With --compile_for, in place of a run')
+COMPILE_FOR = flags.DEFINE_list(
+    'compile_for',
+    None,
+    'Only compile, for TPU slices such as v5e:1x1,v5e:2x2, and tell what --num_videos cost there',
+)
+COMPILE_REPORT = flags.DEFINE_string('compile_report', None, 'With --compile_for: a JSON file')
 FPS = flags.DEFINE_integer('fps', 8, 'Frames per second of the files', lower_bound=1)
 
 
 def main():
+    if COMPILE_FOR.value:
+        compile_only()
+        return
     if not WORKDIR.value:
         raise UserError('--workdir is missing: for example --workdir=runs/quickstart')
     import cmd_jax
@@ -93,6 +106,22 @@ def main():
     video.write_image(out / 'frames.png', video.filmstrip(videos), scale=scale)
     (out / 'samples.json').write_text(json.dumps(record, indent=2) + '\n')
     logging.info('%d videos in %s', len(videos), out)
+
+
+def compile_only():
+    """Tells what sampling costs on machines that are not here."""
+    from cmd_jax.training import compile_sampler, config
+
+    if CONFIG.value is not None:
+        found = config.parse(CONFIG.value.to_dict())
+    elif WORKDIR.value:
+        path = Path(WORKDIR.value) / 'motion' / 'config.json'
+        if not path.exists():
+            raise UserError(f'--workdir={WORKDIR.value} has no motion stage: or give --config')
+        found = config.load(path)
+    else:
+        raise UserError('--compile_for needs --config=configs/NAME.py:all or a --workdir')
+    compile_sampler.run(found, COMPILE_FOR.value, NUM_VIDEOS.value or 1, out=COMPILE_REPORT.value)
 
 
 def drawn(generator) -> list[dict]:

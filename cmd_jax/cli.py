@@ -1,18 +1,21 @@
 """What the scripts share: flags, and how errors reach the user.
 
-A mistake of the user's is one line on stderr and exit code 2; Ctrl-C and SIGTERM are exit code 130;
-anything else keeps its traceback.
+A mistake of the user's is one line on stderr and exit code 2; Ctrl-C is exit code 130, SIGTERM and
+a preemption notice 75 (the same command goes on); anything else keeps its traceback. Of several
+processes, one that fails ends the others.
 """
 
 import difflib
 import logging as stdlogging
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 from cmd_jax.errors import Interrupted, UserError
+from cmd_jax.parallel import coordination, distributed, preemption
 
 
 def run(main: Callable[[], None]):
@@ -26,15 +29,64 @@ def run(main: Callable[[], None]):
         logging.get_absl_logger().addFilter(
             lambda r: 'orbax' not in r.pathname or r.levelno > stdlogging.WARNING
         )
+        preemption.install()
         try:
+            if 'distributed' in flags.FLAGS:
+                _start()
             main()
+            coordination.finish()
         except UserError as e:
             fail(str(e))
         except (KeyboardInterrupt, Interrupted) as e:
-            print(f'interrupted: {e}' if str(e) else 'interrupted', file=sys.stderr)
-            sys.exit(130)
+            _say(f'interrupted: {e}' if str(e) else 'interrupted')
+            if isinstance(e, Interrupted):
+                # All processes have agreed to stop.
+                coordination.finish()
+                sys.exit(e.code)
+            _end(130, 'interrupted')
+        except Exception as e:
+            if coordination.watch() is None:
+                raise
+            # Leaving as usual would wait for the others, which wait for this one.
+            traceback.print_exc()
+            _end(1, traceback.format_exception_only(e)[-1].strip().splitlines()[0][:300])
 
     app.run(guarded, flags_parser=parse)
+
+
+def distributed_flags():
+    """Defines the flags of scripts that can run in several processes; `run` starts these.
+
+    To be called before `run`.
+    """
+    flags.DEFINE_enum(
+        'distributed',
+        'auto',
+        distributed.MODES,
+        'Several processes: off, on, or auto: on where the environment shows more than one (srun, '
+        'mpirun, a Cloud TPU pod) or the next three flags are given',
+    )
+    flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0')
+    flags.DEFINE_integer('process_count', None, 'Processes in all')
+    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0')
+    flags.DEFINE_float('startup_timeout', 300.0, 'Seconds that all processes have to appear')
+    flags.DEFINE_string(
+        'compilation_cache',
+        None,
+        'Folder of compiled programs; none if empty (default: ~/.cache/cmd_jax/compiled)',
+    )
+
+
+def _start():
+    f = flags.FLAGS
+    distributed.start(
+        f.distributed,
+        f.coordinator_address,
+        f.process_count,
+        f.process_id,
+        f.startup_timeout,
+        f.compilation_cache,
+    )
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -87,5 +139,16 @@ def flat(tree: dict, path: str = ''):
 
 
 def fail(message: str):
-    print(f'error: {message}', file=sys.stderr)
-    sys.exit(2)
+    _say(f'error: {message}')
+    _end(2, message)
+
+
+def _say(line: str):
+    index = coordination.place()[0]
+    print(f'[process {index}] {line}' if index else line, file=sys.stderr)
+
+
+def _end(code: int, reason: str):
+    if coordination.watch() is not None:
+        coordination.end(code, reason)
+    sys.exit(code)

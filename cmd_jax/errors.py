@@ -17,7 +17,15 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal asked for the end, and what was to be saved is saved."""
+    """A signal asked for the end, and what was to be saved is saved.
+
+    Attributes:
+      code: the exit code of scripts.
+    """
+
+    def __init__(self, message: str = '', code: int = 130):
+        super().__init__(message)
+        self.code = code
 
 
 def choose(field: str, value: str, known: Iterable[str]):

@@ -28,6 +28,7 @@ def train(**kwargs) -> dict:
             log_every=50,
             save_every=2_000,
             keep_checkpoints=2,
+            keep_every=0,
             preview_every=5_000,
             max_nonfinite=10,
         )
@@ -61,7 +62,7 @@ def base() -> dict:
             workers=8,
         ),
         stable_diffusion=dict(source='', posterior='mean', frames_at_once=1),
-        mesh=dict(data=1, fsdp=-1, tensor=1),
+        mesh=dict(data=-1, fsdp=-1, tensor=-1),
         autoencoder=dict(
             model=dict(
                 patch=2,

@@ -3,24 +3,26 @@
 Trains a stage (or 'all') of the tiny run. With STOP > 0, Ctrl-C comes during that step.
 """
 
+import itertools
 import os
 import signal
 import sys
 
 from cmd_jax.errors import Interrupted
+from cmd_jax.parallel.preemption import Deferred
 from cmd_jax.training import loop
 from tests import tiny
 
 
 def main(workdir: str, stage: str, stop: str):
-    check = loop.check_finite
+    reached, steps = Deferred.reached, itertools.count(1)
 
-    def interrupt(name, settings, step, scalars):
-        check(name, settings, step, scalars)
-        if step == int(stop) - 1:  # the loop checks a step while the next one runs
+    def interrupt(deferred):  # asked once a step
+        if next(steps) == int(stop):
             os.kill(os.getpid(), signal.SIGINT)
+        return reached(deferred)
 
-    loop.check_finite = interrupt
+    Deferred.reached = interrupt
     try:
         loop.train(tiny.config(stage), workdir)
     except Interrupted as e:

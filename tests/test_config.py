@@ -78,7 +78,7 @@ def change(path, value):
         ('content.process.schedule', 'cosin', ["did you mean 'cosine'"]),
         ('motion.model.remat', 'ful', ["did you mean 'full'"]),
         ('motion.model.patch', 0, ['motion.model.patch=0', 'positive']),
-        ('mesh.tensor', -1, ['mesh.tensor=-1', 'positive']),
+        ('mesh.tensor', 0, ['mesh.tensor=0', 'positive']),
         ('seed', -1, ['seed=-1']),
         ('content', 3, ['content=3', 'section']),
         ('stage', 'movie', ["stage='movie'", 'autoencoder, content, motion, all']),

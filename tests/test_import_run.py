@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -238,22 +237,12 @@ def test_a_checkpoint_without_a_place_in_the_data(tmp_path):
     tx = optax.sgd(0.1)
     _, abstract, init = states.prepare(lambda rngs: nnx.Linear(2, 3, rngs=rngs), tx, mesh)
     state = init(jax.random.key(0), {})
-    numbers = list(range(5))
-
-    def iterator(skipped):
-        it = iter(grain.MapDataset.source(numbers).to_iter_dataset())
-        for _ in range(skipped):
-            next(it)
-        return it
-
-    for name, saved, expected in (('with', iterator(3), 3), ('without', None, 1)):
+    for name, position in (('with', 3), ('without', None)):
         with Checkpoints(tmp_path / name) as checkpoints:
-            checkpoints.save(state, None, saved)
-            checkpoints.manager.wait_until_finished()
-            it = iterator(1)
-            found, _ = checkpoints.restore(abstract, None, it)
+            checkpoints.save(state, None, position)
+            found, _, place = checkpoints.restore(abstract, None)
             jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
-            assert next(it) == expected
+            assert place == position
 
 
 # --- What a user can do wrong -----------------------------------------------------------------

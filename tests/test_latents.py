@@ -19,8 +19,9 @@ from cmd_jax import stable_diffusion, video
 from cmd_jax.data import latent_records, pipeline, records
 from cmd_jax.errors import UserError
 from cmd_jax.parallel import mesh as meshes
+from cmd_jax.parallel.placement import put_batch
 from cmd_jax.training import config as configs
-from cmd_jax.training import latent_cache, loop, parts, stages, trained
+from cmd_jax.training import frozen, latent_cache, loop, parts, stages, trained
 from tests import tiny
 from tests.test_generate import one_error
 from tests.tiny_videos import numbered
@@ -154,18 +155,19 @@ def loss_of(name: str, tree: dict, run, steps=2):
     """The losses of a stage on its first batches, with fresh weights; and motion statistics."""
     config, mesh = configs.parse(tree | {'stage': name}), meshes.make_mesh()
     data = stages.load_data(config)
-    stage = stages.make(name, config, run, data, mesh)
+    given = frozen.load(name, config, run, data, mesh)
+    stage = stages.make(name, config, len(data.class_names), mesh)
     batches = pipeline.Batches(data.source, 8, seed=0, shuffle=True, repeat=True)
-    frozen = stage.frozen
+    networks = given.networks
     if name == 'motion':
-        frozen |= {'statistics': stages.measure_statistics(frozen, batches, 8, at_once=3)}
+        networks |= {'statistics': frozen.measure_statistics(networks, batches, 8, 3, mesh)}
     loss = jax.jit(lambda *args: stage.loss(*args)[0])
     model, keys = stage.make_model(nnx.Rngs(0)), jax.random.split(jax.random.key(1), 8)
     with jax.set_mesh(mesh):
         found = []
         for _ in range(steps):
-            batch = loop.to_device(stage.inputs(next(batches)), mesh)
-            found.append(float(loss(model, frozen, batch, keys)))
+            batch = put_batch(given.inputs(next(batches)), mesh)
+            found.append(float(loss(model, networks, batch, keys)))
     return found
 
 

@@ -16,8 +16,9 @@ from cmd_jax.errors import UserError
 from cmd_jax.models import flops
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.stable_diffusion import VAE, make_vae, options, weights
+from cmd_jax.stable_diffusion.families import FAMILIES
 from cmd_jax.stable_diffusion.folder import PARTS
-from cmd_jax.stable_diffusion.make import DTYPES, FAMILIES, make
+from cmd_jax.stable_diffusion.make import DTYPES, make
 from tests.test_stable_diffusion import SD15_TEXT, SD15_UNET
 
 STEPS = 25

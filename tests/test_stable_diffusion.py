@@ -8,6 +8,7 @@ from flax import nnx
 
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.stable_diffusion import VAE, TextEncoder, UNet, weights
+from cmd_jax.stable_diffusion.frames import encode_frames
 
 # 1.5 where it differs from 2.1, whose sizes are the defaults.
 SD15_UNET = dict(heads=(8,) * 4, text_dim=768, linear_projection=False)
@@ -56,3 +57,46 @@ def test_recomputed_activations_give_the_same_gradients():
         assert np.abs(none).max() > 0
         np.testing.assert_allclose(full, none, rtol=0, atol=1e-5 * np.abs(none).max())
     assert convolutions['full'] > convolutions['none'], 'some are computed again'
+
+
+@pytest.mark.parametrize('sizes', [dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)])
+def test_unet_does_not_depend_on_the_mesh(sizes):
+    """Heads, channels and hidden layers in parts: the same output and gradients."""
+    unet = UNet(
+        **dict(block_channels=(16, 32), cross_attention=(True, True), heads=(4, 4), layers=1),
+        **dict(text_dim=12, groups=4, rngs=nnx.Rngs(0)),
+    )
+    graphdef, params = nnx.split(unet, nnx.Param)
+    params = nnx.to_pure_dict(params)
+    x, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 4)), jnp.array([3.0, 900.0, 20.0, 5.0])
+    text = jax.random.normal(jax.random.key(1), (4, 6, 12))
+
+    def run(params, x, t, text):
+        def loss(params):
+            out = nnx.merge(graphdef, params)(x, t, text)
+            return jnp.mean(out**2), out
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    expected = jax.jit(run)(params, x, t, text)
+    mesh = meshes.make_mesh(**sizes)
+    lies = meshes.param_sharding(params, mesh)
+    split = [str(s.spec) for s in jax.tree.leaves(lies) if 'tensor' in str(s.spec)]
+    assert len(split) > 20, 'layers are split'
+    with jax.set_mesh(mesh):
+        given = jax.device_put((x, t, text), meshes.batch_sharding(mesh))
+        found = jax.jit(run)(jax.device_put(params, lies), *given)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_vae_frames_are_shared_by_devices():
+    """Over videos and, along `tensor`, over frames; noise is a frame's own wherever it is made."""
+    vae = VAE(block_channels=(8, 8), layers=1, groups=4, rngs=nnx.Rngs(0))
+    video = jnp.tanh(jax.random.normal(jax.random.key(0), (4, 6, 8, 8, 3)))
+    keys = jax.random.split(jax.random.key(1), 4)
+    expected = encode_frames(vae, video, at_once=2, keys=keys)
+    for sizes in (dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, tensor=4)):
+        with jax.set_mesh(meshes.make_mesh(**sizes)):
+            found = jax.jit(lambda x, k: encode_frames(vae, x, at_once=2, keys=k))(video, keys)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

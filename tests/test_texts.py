@@ -107,7 +107,7 @@ def test_full_size_stages(family, content, stage, tmp_path):
         tree['motion']['text_encoder'] = str(tmp_path)
     config = configs.parse(tree)
     assert parts.frame_shape(config) == (64, 128 if family == 'sd21' else 64, 4)
-    stages.check(stage, config, 0)
+    stages.check(stage, config, 0, meshes.make_mesh())
     model = nnx.eval_shape(lambda: parts.make_network(stage, config, 0, nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     count = sum(x.size for x in jax.tree.leaves(params)) / 1e6

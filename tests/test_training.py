@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 import cmd_jax
 from cmd_jax import sampling
 from cmd_jax.data import pipeline
-from cmd_jax.errors import UserError
 from cmd_jax.models import flops
 from cmd_jax.parallel import mesh as meshes
+from cmd_jax.parallel.placement import put_batch
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop, losses, parts, stages, texts
+from cmd_jax.training import frozen, losses, parts, program, stages, texts
 from cmd_jax.training import state as states
 from cmd_jax.training.parts import make_autoencoder, make_content, make_motion, make_process
 from cmd_jax.video import to_float
@@ -28,53 +28,31 @@ from tests import tiny
 def pieces(name, mesh, accumulation=1):
     """(step function, state, its sharding, frozen, batch) of a tiny stage on a mesh."""
     tree = tiny.tree()
-    tree[name]['train']['accumulation'] = accumulation
+    tree[name]['train'].update(accumulation=accumulation, ema_decay=0.9)
+    tree['motion']['content_noise'] = 0.5
     config = configs.parse(tree)
-    section = getattr(config, name)
-    rngs = functools.partial(nnx.Rngs, 0)
-    frozen = {}
-    if name == 'autoencoder':
-        loss, make = losses.autoencoder_loss(section.loss), make_autoencoder
-    else:
-        frozen = {'autoencoder': make_autoencoder(config, rngs())}
-        frozen['statistics'] = {'mean': jnp.zeros(4), 'std': jnp.full(4, 0.3)}
-        kinds = {
-            'content': (losses.content_loss, make_content),
-            'motion': (functools.partial(losses.motion_loss, content_noise=0.5), make_motion),
-        }
-        loss, make = kinds[name]
-        loss = loss(make_process(section.process), section.loss)
-        make = functools.partial(make, num_classes=10)
-    tx = states.optimizer(section.train)
-    graphdef, abstract, init = states.prepare(lambda rngs: make(config, rngs=rngs), tx, mesh)
-    state, sharding = init(jax.random.key(1), {}), jax.tree.map(lambda x: x.sharding, abstract)
+    networks = {}
+    if name != 'autoencoder':
+        networks = {'autoencoder': make_autoencoder(config, nnx.Rngs(0))}
+        networks['statistics'] = {'mean': jnp.zeros(4), 'std': jnp.full(4, 0.3)}
+    made = program.make(stages.make(name, config, 10, mesh))
+    state = made.init(jax.random.key(1), {})
+    sharding = jax.tree.map(lambda x: x.sharding, made.abstract)
     # Zero-initialised layers would hide what is behind them.
     noise = optax.tree.random_like(jax.random.key(3), state.params)
     params = jax.tree.map(lambda p, n: p + 0.02 * n, state.params, noise)
     state = jax.device_put(state.replace(params=params), sharding)
-    step = jax.jit(
-        functools.partial(
-            states.train_step,
-            graphdef=graphdef,
-            loss=loss,
-            tx=tx,
-            ema_decay=0.9,
-            accumulation=accumulation,
-        ),
-        donate_argnames='state',
-        out_shardings=(sharding, meshes.replicated(mesh)),
-    )
     source = parts.make_source(config, 'train')
     clips = pipeline.Batches(source, 8, seed=0, shuffle=False, repeat=True)
-    batch = loop.to_device(stages.labelled(next(clips)), mesh)
-    return step, state, sharding, frozen, batch
+    batch = put_batch(frozen.labelled(next(clips)), mesh)
+    return made.step, state, sharding, networks, batch
 
 
 def run(name, mesh, accumulation=1, steps=2):
     with jax.set_mesh(mesh):
-        step, state, sharding, frozen, batch = pieces(name, mesh, accumulation)
+        step, state, sharding, networks, batch = pieces(name, mesh, accumulation)
         for _ in range(steps):
-            state, metrics = step(state, frozen, batch, jax.random.key(2))
+            state, metrics = step(state, networks, batch, jax.random.key(2))
         assert step._cache_size() == 1, 'one compilation'
         same = jax.tree.map(lambda x, s: x.sharding == s, state, sharding)
         assert all(jax.tree.leaves(same)), 'outputs lie where the inputs lay'
@@ -190,7 +168,7 @@ def test_non_finite_updates_are_skipped_and_counted():
     counts = []
     for scale in (1.0, np.nan, np.inf, 1.0):
         before = jax.device_get(state)
-        batch = {'x': jnp.ones((2, 1)), 'scale': jnp.full(2, scale)}
+        batch = {'x': jnp.ones((2, 1)), 'scale': jnp.full(2, scale), 'place': jnp.arange(2)}
         state, metrics = step(state, {}, batch, jax.random.key(0))
         counts.append((int(metrics['nonfinite']), int(metrics['skipped'])))
         same = jax.tree.map(lambda a, b: bool((a == b).all()), before.params, state.params)
@@ -198,13 +176,6 @@ def test_non_finite_updates_are_skipped_and_counted():
         assert np.isfinite(state.ema['kernel']).all()
     assert counts == [(0, 0), (1, 1), (2, 2), (0, 2)]
     assert int(state.step) == 4
-
-
-def test_divergence_stops_the_run():
-    settings = tiny.config().content.train
-    loop.check_finite('content', settings, 5, {'nonfinite': settings.max_nonfinite - 1})
-    with pytest.raises(UserError, match='content diverged.*content.train.learning_rate'):
-        loop.check_finite('content', settings, 5, {'nonfinite': settings.max_nonfinite})
 
 
 def test_average_follows_its_formula():
@@ -215,7 +186,8 @@ def test_average_follows_its_formula():
     step, state = linear_step(loss, ema_decay=0.15)
     ema = float(state.ema['kernel'][0, 0])
     for n in range(3):
-        state, _ = step(state, {}, {'x': jnp.ones((2, 1))}, jax.random.key(0))
+        batch = {'x': jnp.ones((2, 1)), 'place': jnp.arange(2)}
+        state, _ = step(state, {}, batch, jax.random.key(0))
         decay = min(0.15, (1 + n) / (10 + n))
         ema = decay * ema + (1 - decay) * float(state.params['kernel'][0, 0])
         assert float(state.ema['kernel'][0, 0]) == pytest.approx(ema, rel=1e-5)
@@ -248,7 +220,8 @@ def test_statistics_normalise_the_motion():
     model = make_autoencoder(config, nnx.Rngs(0))
     source = parts.make_source(config, 'train')
     read = functools.partial(pipeline.Batches, source, 8, seed=0, shuffle=True, repeat=True)
-    statistics = stages.measure_statistics({'autoencoder': model}, read(), 16, at_once=1)
+    mesh = meshes.make_mesh()
+    statistics = frozen.measure_statistics({'autoencoder': model}, read(), 16, 1, mesh)
     batches = read()
     video = np.concatenate([next(batches)['video'] for _ in range(2)])
     motion = model.encode(to_float(jnp.asarray(video)))[1]
@@ -324,34 +297,22 @@ def test_model_flops_count_the_frozen_encoder_once():
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     config = tiny.config()
     autoencoder = make_autoencoder(config, nnx.Rngs(0))
-    section = config.content
-    stage = stages.Stage(
-        name='content',
-        train=section.train,
-        make_model=lambda rngs: make_content(config, 10, rngs),
-        start=dict,
-        loss=losses.content_loss(make_process(section.process), section.loss),
-        frozen={'autoencoder': autoencoder},
-        frozen_pass=functools.partial(losses.given, frames=losses.PIXELS),
-        inputs=stages.labelled,
-        autoencoder_step=6,
-        preview=stages.preview_content,
-    )
-    graphdef, abstract, _ = states.prepare(stage.make_model, states.optimizer(section.train), mesh)
+    made = program.make(stages.make('content', config, 10, mesh))
     batch = {
         'video': jnp.zeros((8, 4, 16, 16, 3), jnp.uint8),
         'label': jnp.zeros(8, jnp.int32),
+        'place': jnp.arange(8),
     }
 
     def forward(params, *args):
-        return nnx.merge(graphdef, params)(*args)
+        return nnx.merge(made.graphdef, params)(*args)
 
     x, t = (
         jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.float32),
         jax.ShapeDtypeStruct((8,), jnp.float32),
     )
-    network = flops.count(forward, abstract.params, x, t, batch['label']).flops
+    network = flops.count(forward, made.abstract.params, x, t, batch['label']).flops
     clip = jax.ShapeDtypeStruct(batch['video'].shape, jnp.float32)
     encoder = flops.count(autoencoder.encode, clip).flops
-    counted = loop.count_flops(graphdef, stage, abstract, stage.frozen, batch)
+    counted = made.flops({'autoencoder': autoencoder}, batch)
     assert counted == 3 * network + encoder

@@ -5,7 +5,8 @@
 encodes both splits of a data set with the trained autoencoder of a run (and, in latent mode and
 with text, with Stable Diffusion's VAE and text encoders), on all devices. The content and motion
 stages then train with --config.data.source=latents:DIR. Given again, the command goes on where it
-stopped. `latent_records` describes what is written.
+stopped. Several processes (--distributed) write shards of their own: choose --shard_clips so that
+each has some. `latent_records` describes what is written.
 """
 
 from absl import flags
@@ -59,7 +60,7 @@ def define_flags():
     )
     flags.DEFINE_integer('limit', 0, 'At most so many clips of a split; 0: all.', 0)
     flags.DEFINE_enum('dtype', 'float32', DTYPES, 'What arrays are stored in.')
-    flags.DEFINE_integer('batch_size', 32, 'Clips at a time on this host.', 1)
+    flags.DEFINE_integer('batch_size', 32, 'Clips at a time in a process.', 1)
     flags.DEFINE_integer('shard_clips', 1024, 'Clips in a file.', 1)
     flags.DEFINE_integer('seed', 0, 'Of random places, crops and flips.', 0)
     flags.DEFINE_string(
@@ -69,4 +70,5 @@ def define_flags():
 
 if __name__ == '__main__':
     define_flags()
+    cli.distributed_flags()
     cli.run(main)

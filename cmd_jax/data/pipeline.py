@@ -2,15 +2,18 @@
 
 The samples of a source are one sequence: epoch after epoch, each a new exact shuffle, in which
 every sample comes once. What a sample draws depends on the seed and its place in the sequence
-alone. Process p of n takes the places p, p + n, p + 2 n, ... of it; workers share these without
-changing their order. A batch may reach over the end of an epoch.
+alone, and so does what replaces one that cannot be had. Process p of n takes the places p, p + n,
+p + 2 n, ... of it; workers share these without changing their order. A batch may reach over the end
+of an epoch. How far the sequence was read is one number, the same in all processes.
 """
 
 import itertools
 import math
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
@@ -21,6 +24,9 @@ from cmd_jax.errors import UserError
 
 SEEN = 100  # samples after which the share of bad ones counts
 IN_A_ROW = 10_000  # most samples in a row that cannot be had
+# A place is given up when, at the share of bad samples allowed, a good one had been due so often:
+# by chance that happens once in exp(30).
+DUE = 30
 
 
 class _Sample(grain.transforms.RandomMap):
@@ -31,6 +37,39 @@ class _Sample(grain.transforms.RandomMap):
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict | clips.Skipped:
         return self._source.__getitem__(element, rng)
+
+
+class _Replace(grain.transforms.MapWithIndex):
+    """Puts other samples of the source in the places of those that cannot be had.
+
+    They are drawn from the seed, the place and the number of the attempt alone; none comes twice
+    before all have come. Gives good samples as they are; of others (the replacement, or None where
+    the place is given up; all that was skipped on the way).
+    """
+
+    def __init__(self, source, seed: int, max_bad: float):
+        self._source, self._seed, self._max_bad = source, seed, max_bad
+
+    def map_with_index(self, index: int, element: dict | clips.Skipped) -> dict | tuple:
+        if not isinstance(element, clips.Skipped):
+            return element
+        size, tried, skipped, bad = len(self._source), set(), [], 0
+        while isinstance(element, clips.Skipped):
+            skipped.append(element)
+            bad += element.reason != clips.TOO_SHORT
+            row = len(skipped)
+            due = row * (1 - self._max_bad) >= DUE and bad > self._max_bad * row
+            if row >= _most(self._source) or due:
+                return None, skipped
+            rng = np.random.default_rng((self._seed, index, row))
+            number = int(rng.integers(size))
+            while number in tried:
+                number = int(rng.integers(size))
+            tried.add(number)
+            if len(tried) == size:
+                tried.clear()
+            element = self._source.__getitem__(number, rng)
+        return element, skipped
 
 
 def samples(
@@ -44,8 +83,9 @@ def samples(
     process_count: int = 1,
     ahead: int = 16,
     start: int = 0,
-) -> Iterator[dict | clips.Skipped]:
-    """The samples of a process in their order; `close()` ends its workers.
+    replace: Callable | grain.transforms.MapWithIndex | None = None,
+) -> Iterator:
+    """The samples of a process in their order, dict or `clips.Skipped`; `close()` ends its workers.
 
     Args:
       source: see `cmd_jax.data.sources`.
@@ -56,16 +96,18 @@ def samples(
       process_index: of this host among all.
       process_count: hosts.
       ahead: samples kept ready.
-      start: samples of this process to pass over, unread.
+      start: places of the sequence to pass over, unread, before the processes share the rest.
+      replace: (place in the sequence, sample) -> what comes instead; called in the workers.
     """
     sequence = grain.MapDataset.range(len(source)).seed(seed)
     if shuffle:
         sequence = sequence.shuffle()
     if repeat:
         sequence = sequence.repeat()
-    sequence = sequence.random_map(_Sample(source))[process_index::process_count]
-    if start:
-        sequence = sequence[start:]
+    sequence = sequence.random_map(_Sample(source))
+    if replace:
+        sequence = sequence.map_with_index(replace)
+    sequence = sequence[start + process_index :: process_count]
     if workers:
         # Grain hands its flags to its workers and fails where no absl app has parsed any.
         if not flags.FLAGS.is_parsed():
@@ -74,28 +116,45 @@ def samples(
         buffer = math.ceil(ahead / workers)
         options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=buffer)
         dataset = sequence.to_iter_dataset(read)
-        return iter(dataset.mp_prefetch(options, worker_init_fn=_ignore_interrupts))
+        return iter(dataset.mp_prefetch(options, worker_init_fn=_begin_worker))
     # Decoding and resizing release the interpreter lock.
     threads = min(4, os.cpu_count() or 1, ahead)
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     return iter(sequence.to_iter_dataset(read))
 
 
-def _ignore_interrupts(worker: int, workers: int):
-    # A terminal's Ctrl-C reaches the workers too; the main process decides when to stop.
+def _begin_worker(worker: int, workers: int):
+    # A terminal's Ctrl-C reaches the workers too, and a cluster's SIGTERM; the main process decides
+    # when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name='parent', daemon=True).start()
 
 
-class Batches(grain.DatasetIterator):
-    """Batches of a source: what its samples have, stacked along a new first axis.
+def _end_with_parent():
+    # Grain's workers would wait for ever for room in a queue that nobody reads any more.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
-    Samples that cannot be had are passed over, told of once and counted; the next ones fill the
-    batch (of several processes, the one that passes over a sample goes ahead in its own places).
-    The position is saved by `get_state` or `grain.checkpoint.CheckpointSave`, and can be restored
-    with another number of workers.
+
+def _most(source) -> int:
+    """Samples in a row that may be bad: those may come last in one epoch and first in the next."""
+    return min(2 * len(source), IN_A_ROW)
+
+
+class Batches:
+    """An iterator over batches of a source: what its samples have, stacked along a new first axis.
+
+    Samples that cannot be had are told of once and counted. Where the source repeats, others
+    replace them, drawn by chance, and the batches of all processes together depend on the seed and
+    `position` alone: a run can go on with another number of processes, workers or samples per
+    batch. In a single epoch they are passed over, and the next ones of the process fill its batch.
+
+    A batch also has `place`, int32 [n]: where its samples lie in the batch of all processes, each
+    of 0 ... batch_size - 1 once.
 
     Attributes:
-      skipped: {file: clips.Skipped} of what was passed over since this object was made.
+      skipped: {file: clips.Skipped} of what could not be had since this object was made.
     """
 
     def __init__(
@@ -116,13 +175,20 @@ class Batches(grain.DatasetIterator):
 
         Args:
           source, seed, shuffle, workers, process_index, process_count: see `samples`.
-          batch_size: samples per batch in this process.
+          batch_size: samples per batch of all processes; each reads its equal share.
           repeat: go on for ever; else one epoch with a last batch that may be smaller (and numbers
             of batches that may differ between processes).
           prefetch: batches kept ready.
           max_bad: share of the samples that may be unreadable.
+
+        Raises:
+          UserError: a batch that the processes cannot share equally.
         """
-        super().__init__()
+        if batch_size % process_count:
+            raise UserError(
+                f'batch_size={batch_size}: {process_count} processes cannot share it equally, '
+                'take a multiple'
+            )
         self._options = dict(
             source=source,
             seed=seed,
@@ -131,12 +197,18 @@ class Batches(grain.DatasetIterator):
             workers=workers,
             process_index=process_index,
             process_count=process_count,
-            ahead=prefetch * batch_size,
+            ahead=prefetch * (batch_size // process_count),
+            replace=_Replace(source, seed, max_bad) if repeat else None,
         )
-        self._source, self._batch_size, self._max_bad = source, batch_size, max_bad
-        self._samples, self._position = None, 0
+        self._source, self._max_bad = source, max_bad
+        self._places = np.arange(process_index, batch_size, process_count, dtype=np.int32)
+        # Where reading began in the sequence, and the places that this process has read since.
+        self._samples, self._start, self._read = None, 0, 0
         self._seen = self._lost = self._bad = self._row = 0
         self.skipped = {}
+
+    def __iter__(self) -> 'Batches':
+        return self
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next batch.
@@ -145,30 +217,31 @@ class Batches(grain.DatasetIterator):
           UserError: too many samples cannot be had.
         """
         if self._samples is None:
-            self._samples = samples(**self._options, start=self._position)
+            self._samples = samples(**self._options, start=self.position)
         batch = []
-        while len(batch) < self._batch_size:
+        while len(batch) < len(self._places):
             sample = next(self._samples, None)
             if sample is None:
                 break
-            self._position += 1
-            self._seen += 1
-            if isinstance(sample, clips.Skipped):
-                self._skip(sample)
-            else:
-                self._row = 0
+            self._read += 1
+            sample = self._count(sample)
+            if sample is not None:
                 batch.append(sample)
         if not batch:
             raise StopIteration
-        return {key: np.stack([sample[key] for sample in batch]) for key in batch[0]}
+        stacked = {key: np.stack([sample[key] for sample in batch]) for key in batch[0]}
+        return stacked | {'place': self._places[: len(batch)].copy()}
 
-    def get_state(self) -> dict[str, int]:
-        """{'position': samples of this process that were read}."""
-        return {'position': self._position}
+    @property
+    def position(self) -> int:
+        """Places of the sequence that all processes together have read. In a single epoch, where
+        processes may read unequally far, as many as if all had read like this one."""
+        return self._start + self._read * self._options['process_count']
 
-    def set_state(self, state: dict[str, int]):
+    def seek(self, position: int):
+        """Goes on from a position, also of a run with another batch size or number of processes."""
         self.close()
-        self._position = state['position']
+        self._start, self._read = position, 0
 
     def close(self):
         """Ends the workers, and tells how much was passed over."""
@@ -183,24 +256,43 @@ class Batches(grain.DatasetIterator):
                 *(self._source.name, self._seen, self._lost, self._bad, counts),
             )
 
-    def start_prefetch(self):
-        """For Grain's checkpoints, which call it after `set_state`: the first batch starts it."""
+    def _count(self, sample: dict | clips.Skipped | tuple) -> dict | None:
+        """What there is of a place; what could not be had is counted, and judged."""
+        skipped = ()
+        if isinstance(sample, clips.Skipped):
+            sample, skipped = None, (sample,)
+        elif isinstance(sample, tuple):
+            sample, skipped = sample
+        for one in skipped:
+            self._skip(one)
+        if sample is not None:
+            self._seen += 1
+            self._row = 0
+        elif self._options['repeat']:
+            self._stop()
+        return sample
 
-    def _skip(self, sample):
+    def _skip(self, sample: clips.Skipped):
         if sample.file not in self.skipped:
             logging.warning('%s cannot be used: %s', self._source.name, sample)
             self.skipped[sample.file] = sample
+        self._seen += 1
         self._lost += 1
         self._bad += sample.reason != clips.TOO_SHORT
         self._row += 1
-        # The bad ones may come last in one epoch and first in the next.
-        most = min(2 * len(self._source), IN_A_ROW)
-        if self._seen >= min(len(self._source), SEEN) and self._bad > self._max_bad * self._seen:
-            what = f'{self._bad} of {self._seen} samples, more than data.max_bad={self._max_bad},'
-        elif self._row >= most:
-            what = f'{self._row} samples in a row'
-        else:
-            return
+        # In a few samples of a sequence without end the bad ones may come first by chance.
+        enough = SEEN if self._options['repeat'] else min(len(self._source), SEEN)
+        if self._row >= _most(self._source) or (self._seen >= enough and self._too_bad()):
+            self._stop()
+
+    def _too_bad(self) -> bool:
+        return self._bad > self._max_bad * self._seen
+
+    def _stop(self):
+        what = f'{self._row} samples in a row'
+        if self._too_bad():
+            share = f'more than data.max_bad={self._max_bad}'
+            what = f'{self._bad} of {self._seen} samples, {share},'
         first = '; '.join(str(s) for s in itertools.islice(self.skipped.values(), videos.FIRST))
         counts = videos.tally(s.reason for s in self.skipped.values())
         raise UserError(f'{self._source.name}: {what} cannot be had ({counts}): {first}')

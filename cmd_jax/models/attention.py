@@ -42,19 +42,22 @@ SHORT_SCORES, LONG_SCORES = 2**18, 2**20
 
 
 def attention(
-    q: Float[Array, 'b n h d'], k: Float[Array, 'b m h d'], v: Float[Array, 'b m h d']
-) -> Float[Array, 'b n h d']:
+    q: Float[Array, 'b *s n h d'], k: Float[Array, 'b *s m h d'], v: Float[Array, 'b *s m h d']
+) -> Float[Array, 'b *s n h d']:
     """softmax(q k^T / sqrt(d)) v for each of h heads, softmax in float32, in the dtype of q.
 
-    Where a mesh is set, batch and heads are split over it as ACTIVATIONS says, if they divide.
-    Raises ValueError for shapes that do not fit together.
+    An example is one sequence, or s of them (frames of a video, or places over time). Where a mesh
+    is set, examples and heads, or examples and sequences, are split over it as ACTIVATIONS says, if
+    they divide. Raises ValueError for shapes that do not fit together.
     """
-    b, n, h, d = q.shape
-    if k.shape != v.shape or k.shape != (b, k.shape[1], h, d):
+    *batch, n, h, d = q.shape
+    m = k.shape[-3]
+    if k.shape != v.shape or k.shape != (*batch, m, h, d):
         raise ValueError(f'attention of q {q.shape}, k {k.shape}, v {v.shape}: the shapes differ')
-    backend = platform()
-    _log(q.shape, k.shape[1], jnp.dtype(q.dtype), backend)
-    return marked(implementation(q.shape, k.shape[1], q.dtype, backend), k.shape[1])(q, k, v)
+    backend, dtype = platform(), jnp.dtype(q.dtype)
+    shape = (math.prod(batch), n, h, d)
+    _log(shape, m, dtype, backend)
+    return marked(implementation(shape, m, dtype, backend), m)(q, k, v)
 
 
 def implementation(q_shape: tuple[int, ...], k_len: int, dtype, backend: str) -> str:
@@ -95,10 +98,11 @@ def _log(q_shape, k_len, dtype, backend):
 @functools.cache
 def marked(implementation: str, keys: int):
     """The implementation with one named jit around its forward and one around its backward pass."""
-    compute = {'xla': _xla, 'blockwise': _blockwise, 'cudnn': _cudnn, 'tpu_flash': _tpu_flash}
-    compute = compute[implementation]
-    if implementation != 'xla':  # XLA can split its own operations, not kernels and loops
-        compute = _split_over_mesh(compute)
+    kernels = {'blockwise': _blockwise, 'cudnn': _cudnn, 'tpu_flash': _tpu_flash}
+    if implementation == 'xla':
+        compute = _xla
+    else:  # XLA can split its own operations, not kernels and loops
+        compute = _split_over_mesh(_one_sequence(kernels[implementation]))
 
     def forward(q, k, v):
         return compute(q, k, v)
@@ -126,18 +130,33 @@ def _split_over_mesh(compute):
             axes = (axes,) if isinstance(axes, str) else axes
             return axes if size % math.prod(mesh.shape[a] for a in axes) == 0 else None
 
-        batch = fitting(q.shape[0], ACTIVATIONS['batch'])
-        heads = fitting(q.shape[2], ACTIVATIONS['heads'])
-        spec = P(batch, None, heads, None)
+        spec = [fitting(q.shape[0], ACTIVATIONS['batch'])] + [None] * (q.ndim - 1)
+        if q.ndim == 5:
+            spec[1] = fitting(q.shape[1], ACTIVATIONS['frames'])
+        else:
+            spec[2] = fitting(q.shape[2], ACTIVATIONS['heads'])
+        spec = P(*spec)
         return jax.shard_map(compute, in_specs=spec, out_specs=spec, check_vma=False)(q, k, v)
 
     return split
 
 
+def _one_sequence(compute):
+    """Kernels take examples of one sequence each. Inside the split, where joining axes moves
+    nothing between devices."""
+
+    def joined(q, k, v):
+        shape = q.shape
+        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+        return compute(q, k, v).reshape(shape)
+
+    return joined
+
+
 def _xla(q, k, v):
-    scores = jnp.einsum('bnhd,bmhd->bhnm', q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum('...nhd,...mhd->...hnm', q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5)
-    out = jnp.einsum('bhnm,bmhd->bnhd', weights.astype(v.dtype), v)
+    out = jnp.einsum('...hnm,...mhd->...nhd', weights.astype(v.dtype), v)
     return checkpoint_name(out.astype(q.dtype), 'attention')
 
 

@@ -54,8 +54,8 @@ class FeedForward(nnx.Module):
         self.up = linear(dim, 8 * dim, dtype=dtype, rngs=rngs)
         self.down = linear(4 * dim, dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, 'b n k']) -> Float[Array, 'b n k']:
-        hidden = shard(checkpoint_name(self.up(x), 'mlp'), 'batch', None, 'mlp')
+    def __call__(self, x: Float[Array, 'b t n k']) -> Float[Array, 'b t n k']:
+        hidden = shard(checkpoint_name(self.up(x), 'mlp'), 'batch', 'frames', None, None)
         value, gate = jnp.split(hidden, 2, axis=-1)
         return self.down(value * gelu(gate))
 
@@ -78,15 +78,14 @@ class SpaceTimeBlock(nnx.Module):
         time_angles: TimeAngles | None,
         space_angles: Angles | None,
     ) -> Float[Array, 'b t n k']:
-        b, t, n, _ = x.shape
-        h = rearrange(x, 'b t n k -> (b n) t k')
+        # Over time each device has all frames of some places, else all places of some frames.
+        h = shard(rearrange(x, 'b t n k -> b n t k'), 'batch', 'frames', None, None)
         h = self.time(self.time_norm(h), time_angles)
-        x = checkpoint_name(x + rearrange(h, '(b n) t k -> b t n k', b=b), 'residual')
-        h = rearrange(x, 'b t n k -> (b t) n k')
-        h = h + self.space(self.space_norm(h), space_angles)
-        h = checkpoint_name(h, 'residual')
-        h = h + self.mlp(self.mlp_norm(h))
-        return shard(rearrange(h, '(b t) n k -> b t n k', b=b), 'batch', None, None, None)
+        h = shard(rearrange(h, 'b n t k -> b t n k'), 'batch', 'frames', None, None)
+        x = checkpoint_name(x + h, 'residual')
+        x = checkpoint_name(x + self.space(self.space_norm(x), space_angles), 'residual')
+        x = x + self.mlp(self.mlp_norm(x))
+        return shard(x, 'batch', 'frames', None, None)
 
 
 class Backbone(nnx.Module):
@@ -116,7 +115,8 @@ class Backbone(nnx.Module):
         if self.position == 'rotary':
             angles = (time_angles(t, self.head_dim), axial_angles(h, w, self.head_dim))
         x = rearrange(x, 'b t h w k -> b t (h w) k').astype(self.dtype)
-        x = run_stack(self.blocks, x, lambda block, x: block(x, *angles), self.remat)
+        # Devices share the frames, not the layers.
+        x = run_stack(self.blocks, x, lambda block, x: block(x, *angles), self.remat, keep=())
         return rearrange(x, 'b t (h w) k -> b t h w k', h=h)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from cmd_jax.errors import UserError
 from cmd_jax.models.attention import attention
-from cmd_jax.parallel.mesh import platform, shard
+from cmd_jax.parallel.mesh import gather, platform, shard
 
 # What the backward pass keeps of a block. 'none': everything; 'full': the block's input only;
 # the others: the named intermediate results ('qkv': projected queries, keys, values; 'attention':
@@ -76,7 +76,7 @@ def unpatchify(x: Float[Array, '*b h2 w2 p'], patch: int) -> Float[Array, '*b h 
     return rearrange(x, '... h w (p q c) -> ... (h p) (w q) c', p=patch, q=patch)
 
 
-def rotary(x: Float[Array, 'b n heads d'], angles: Angles) -> Float[Array, 'b n heads d']:
+def rotary(x: Float[Array, '*b n heads d'], angles: Angles) -> Float[Array, '*b n heads d']:
     """Rotary embedding (Su et al. 2021, arXiv 2104.09864): pairs (i, i + d/2) turn by `angles`."""
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -102,6 +102,8 @@ def axial_angles(rows: int, columns: int, head_dim: int) -> Float[np.ndarray, 'n
 class SelfAttention(nnx.Module):
     """Multi-head self-attention over the second-last axis, [b n k] -> [b n k].
 
+    With several sequences an example, [b s n k], these are split over devices rather than heads.
+
     The width inside is heads * head_dim, which may differ from `dim`.
     """
 
@@ -114,17 +116,18 @@ class SelfAttention(nnx.Module):
         self.out = linear(width, dim, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, 'b n k'], angles: Angles | None = None
-    ) -> Float[Array, 'b n k']:
+        self, x: Float[Array, 'b *s n k'], angles: Angles | None = None
+    ) -> Float[Array, 'b *s n k']:
         # Head by head, so that a tensor shard holds whole heads.
         qkv = checkpoint_name(self.qkv(x), 'qkv')
-        qkv = rearrange(qkv, 'b n (h three d) -> b n h three d', three=3, h=self.heads)
+        qkv = rearrange(qkv, '... (h three d) -> ... h three d', three=3, h=self.heads)
         # Split, whose transpose is one concatenation; that of indexing is three padded sums.
-        q, k, v = (jnp.squeeze(a, 3) for a in jnp.split(qkv, 3, axis=3))
-        q, k, v = (shard(a, 'batch', None, 'heads', None) for a in (q, k, v))
+        q, k, v = (jnp.squeeze(a, -2) for a in jnp.split(qkv, 3, axis=-2))
+        split = ('frames', None, None) if x.ndim == 4 else (None, 'heads')
+        q, k, v = (shard(a, 'batch', *split, None) for a in (q, k, v))
         if angles is not None:
             q, k = rotary(q, angles), rotary(k, angles)
-        return self.out(rearrange(attention(q, k, v), 'b n h d -> b n (h d)'))
+        return self.out(rearrange(attention(q, k, v), '... h d -> ... (h d)'))
 
 
 def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -138,11 +141,31 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rn
     return make(rngs)
 
 
-def run_stack(blocks: nnx.Module, x: Array, call: Callable, remat: str) -> Array:
-    """Runs stacked blocks in turn: x <- call(block, x), with the REMAT policy of that name."""
+def gathered(block: nnx.Module, keep: tuple[str, ...]) -> nnx.Module:
+    """A block whose linear layers have their parameters in what they compute in, and gathered over
+    all mesh axes but those kept (`parallel.mesh.gather`)."""
+    block = nnx.merge(*nnx.split(block))
+    for path, module in nnx.iter_modules(block):
+        if not isinstance(module, nnx.Linear):
+            continue
+        for name in ('kernel', 'bias'):
+            param = getattr(module, name)
+            if param is not None:
+                where = '/'.join(map(str, ('blocks', *path, name)))
+                param.set_value(gather(param.get_value().astype(module.dtype), where, keep))
+    return block
+
+
+def run_stack(
+    blocks: nnx.Module, x: Array, call: Callable, remat: str, keep: tuple[str, ...] = ('tensor',)
+) -> Array:
+    """Runs stacked blocks in turn: x <- call(block, x), with the REMAT policy of that name.
+
+    `keep`: mesh axes that layers are split over as they compute.
+    """
 
     def body(x, block):
-        return call(block, x), None
+        return call(gathered(block, keep), x), None
 
     names = REMAT[remat]
     if names is not None:

@@ -1,14 +1,17 @@
 """One mesh, two tables: where parameters and activations lie on it.
 
 The mesh has three axes: `data` (replicas), `fsdp` (parameters, gradients and optimizer slots are
-split, batches too) and `tensor` (wide layers are split). PARAMS maps a parameter's path to the mesh
+split, batches too) and `tensor` (wide layers and heads are split; the autoencoder's and the VAE's
+work, by frames and tokens). PARAMS maps a parameter's path to the mesh
 axes of its trailing dimensions, ACTIVATIONS a logical axis name to mesh axes.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,7 +19,7 @@ from cmd_jax.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor')
 
-ACTIVATIONS = {'batch': ('data', 'fsdp'), 'heads': 'tensor', 'mlp': 'tensor'}
+ACTIVATIONS = {'batch': ('data', 'fsdp'), 'heads': 'tensor', 'mlp': 'tensor', 'frames': 'tensor'}
 
 # First match wins. The spec holds for the trailing dimensions, so a stacked layer (one more leading
 # dimension, the depth) needs no rule of its own. The last rule is the safety net: the tests demand
@@ -31,31 +34,69 @@ PARAMS = (
     # Stable Diffusion, by diffusers' names; convolutions are split over what they put out.
     (r'.*/(to_[qkv]|[qkv]_proj|fc1|net/0/proj)/kernel', ('fsdp', 'tensor')),
     (r'.*/(to_out/0|out_proj|fc2|net/2)/kernel', ('tensor', 'fsdp')),
-    (r'(.*/)?(\w*conv\w*|linear_[12]|proj_(in|out)|time_emb_proj)/kernel', (None, 'fsdp')),
+    (r'.*/(conv1|time_emb_proj)/kernel', ('fsdp', 'tensor')),
+    (r'.*/conv2/kernel', ('tensor', 'fsdp')),
+    (r'(.*/)?(\w*conv\w*|linear_[12]|proj_(in|out))/kernel', (None, 'fsdp')),
+    (r'.*convolutions/\d+/kernel', (None, 'fsdp')),  # LPIPS
     (r'.*/(bias|scale)', (None,)),
     (r'.*', ()),
 )
 
 
 def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence | None = None
+    data: int = -1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence | None = None,
+    batch: int | None = None,
 ) -> jax.sharding.Mesh:
-    """The mesh over all devices (or those given); `fsdp=-1` takes what the other two leave.
+    """The mesh over all devices, or those given.
 
-    Raises UserError where the sizes do not multiply to the number of devices.
+    Args:
+      data: replicas, a multiple of the slices, as only this axis may cross the slow network between
+        them; -1: one a slice.
+      fsdp: -1: what the other two leave.
+      tensor: -1: as few as let the batch split over the rest; needs `batch`.
+      devices: of one slice or several (TPU slices, or nodes of GPUs).
+      batch: examples that go through the networks at a time, over all devices.
+
+    Raises:
+      UserError: where the sizes do not multiply to the number of devices, or not to the slices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
+    count, slices = len(devices), len({getattr(d, 'slice_index', None) for d in devices})
+    told = f'mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} on {count} devices'
+    data = slices if data == -1 else data
+    if data % slices:
+        raise UserError(
+            f'{told} in {slices} slices: mesh.data must be a multiple of {slices}, or -1'
+        )
+    rest = count // data
+    if tensor == -1 and fsdp == -1:
+        fits = [n for n in range(1, rest + 1) if rest % n == 0 and batch % (data * n) == 0]
+        if not fits:
+            raise UserError(
+                f'{told}: a batch of {batch} does not split into {data} replicas: choose a '
+                f'multiple of {data}'
+            )
+        fsdp = max(fits)
+    if tensor == -1:
+        tensor = rest // fsdp
     if fsdp == -1:
-        fsdp = count // (data * tensor)
+        fsdp = rest // tensor
     if data * fsdp * tensor != count:
         raise UserError(
-            f'mesh data={data} x fsdp={fsdp} x tensor={tensor} does not make {count} devices: '
-            'choose sizes whose product is the number of devices'
+            f'{told}: {data} x {fsdp} x {tensor} do not make {count}: choose sizes whose product '
+            'is the number of devices'
         )
-    # Explicit axes (the default of make_mesh) are refused by stock layers.
-    shape, types = (data, fsdp, tensor), (AxisType.Auto,) * 3
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    shape, options = (data // slices, fsdp, tensor), dict(allow_split_physical_axes=True)
+    if slices == 1:
+        ordered = mesh_utils.create_device_mesh(shape, devices, **options)
+    else:
+        across = (slices, 1, 1)
+        ordered = mesh_utils.create_hybrid_device_mesh(shape, across, devices, **options)
+    # Explicit axes (the default) are refused by stock layers.
+    return jax.sharding.Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def rule(path: str) -> int:
@@ -73,18 +114,37 @@ def param_sharding(params, mesh: jax.sharding.Mesh):
     A mesh axis is kept only where it divides the dimension.
     """
 
-    def one(path, x):
-        spec = PARAMS[rule(path_name(path))][1]
-        spec = (None,) * (x.ndim - len(spec)) + spec
-        spec = [a if a and x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(spec)]
-        return NamedSharding(mesh, P(*spec))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, _spec(path_name(path), x.shape, mesh)), params
+    )
 
-    return jax.tree_util.tree_map_with_path(one, params)
+
+def _spec(path: str, shape: tuple[int, ...], mesh) -> P:
+    spec = PARAMS[rule(path)][1]
+    spec = (None,) * (len(shape) - len(spec)) + spec
+    return P(*(a if a and shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(spec)))
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Examples are split over `data` and `fsdp`."""
     return NamedSharding(mesh, P(ACTIVATIONS['batch']))
+
+
+def batch_ways(mesh: jax.sharding.Mesh) -> int:
+    """Parts that a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in ACTIVATIONS['batch'])
+
+
+def check_batch(name: str, batch_size: int, accumulation: int, mesh: jax.sharding.Mesh):
+    """Raises UserError where the batch of a stage does not split over this mesh and the
+    accumulation."""
+    ways = batch_ways(mesh)
+    if batch_size % (ways * accumulation):
+        raise UserError(
+            f'{name}.train.batch_size={batch_size} is not divisible by {ways} devices x '
+            f'{accumulation} accumulation steps: choose a multiple of {ways * accumulation}, or '
+            'set mesh.fsdp=-1 and mesh.tensor=-1'
+        )
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -100,6 +160,38 @@ def platform() -> str:
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's layout by logical axis names; does nothing outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return x
     return jax.lax.with_sharding_constraint(x, P(*(ACTIVATIONS.get(a) for a in axes)))
+
+
+def gather(x: jax.Array, path: str, keep: tuple[str, ...]) -> jax.Array:
+    """A parameter as a layer computes with it: split over the mesh axes `keep` alone.
+
+    Left to itself the compiler may multiply by one part of a kernel after the other, and add up
+    results that are many times larger than the kernel.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return x
+    spec = _spec(path, x.shape, mesh)
+    kept = P(*(axis if axis in keep else None for axis in spec))
+    return jax.lax.with_sharding_constraint(x, kept)
+
+
+def split_frames(function: Callable, params, keys, x: jax.Array, places: jax.Array) -> jax.Array:
+    """function(params, keys [b], x [b t ...], places [t]) -> [b t ...], on each device for its own
+    examples and frames; outside a mesh, for all.
+
+    Every device gathers the params. An axis that the mesh does not divide is not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return function(params, keys, x, places)
+    batch, frames = ACTIVATIONS['batch'], ACTIVATIONS['frames']
+    batch = batch if x.shape[0] % math.prod(mesh.shape[a] for a in batch) == 0 else None
+    frames = frames if x.shape[1] % mesh.shape[frames] == 0 else None
+    specs = (P(), P(batch), P(batch, frames), P(frames))
+    return jax.shard_map(function, in_specs=specs, out_specs=P(batch, frames), check_vma=False)(
+        params, keys, x, places
+    )

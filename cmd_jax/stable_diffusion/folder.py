@@ -7,6 +7,7 @@ FOLDER/scheduler/scheduler_config.json
 A text encoder alone may have config.json, *.safetensors, vocab.json, … in FOLDER itself.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -25,6 +26,7 @@ from cmd_jax.diffusion import Process
 from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import make_mesh, replicated
 from cmd_jax.stable_diffusion import options, weights
+from cmd_jax.stable_diffusion.families import FAMILIES, SCHEDULER
 from cmd_jax.stable_diffusion.text import TextEncoder, mean_over_text
 from cmd_jax.stable_diffusion.unet import UNet
 from cmd_jax.stable_diffusion.vae import VAE
@@ -214,10 +216,22 @@ def load(
 
 
 def arguments(source: str | Path, part: str) -> dict:
-    """The arguments of the network of a part (a name of PARTS), as its config.json describes it."""
+    """The arguments of the network of a part (a name of PARTS), as its config.json describes it.
+
+    Those of MIRRORS are known: nothing is downloaded.
+    """
+    if known(source):
+        return getattr(options, part)(
+            f'{source}/{part}', copy.deepcopy(FAMILIES[str(source)][part])
+        )
     folder = find(source, parts=())
     where = str(place(folder, part) / 'config.json')
     return getattr(options, part)(f'{folder / where}', read_json(folder, where))
+
+
+def known(source: str | Path) -> bool:
+    """Whether this is a name of MIRRORS, and no folder of that name."""
+    return str(source) in MIRRORS and not Path(source).is_dir()
 
 
 def fingerprint(source: str | Path, part: str) -> str:
@@ -292,7 +306,9 @@ def read_json(folder: Path, name: str) -> dict:
 
 def process(source: str | Path) -> Process:
     """The diffusion process that scheduler_config.json describes."""
-    tree = read_json(find(source, parts=()), 'scheduler/scheduler_config.json')
+    tree = SCHEDULER
+    if not known(source):
+        tree = read_json(find(source, parts=()), 'scheduler/scheduler_config.json')
     return Process(
         schedule=tree.get('beta_schedule', 'linear'),
         prediction={'epsilon': 'epsilon', 'v_prediction': 'v'}.get(

@@ -3,8 +3,9 @@
     encode_frames: frames [b t h w 3] -> scaled latents [b t h/f w/f d]
     decode_frames: scaled latents -> frames
 
-Scaled latents are what diffusion works on: the VAE's times its scaling_factor. Videos are processed
-side by side, so that they can be split over devices, and frames in groups, one after the other.
+Scaled latents are what diffusion works on: the VAE's times its scaling_factor. Videos and frames
+are split over the devices of a mesh, each of which takes its videos side by side, and their frames
+in groups, one after the other.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import nnx
 from jaxtyping import Array, Float
 
 from cmd_jax.errors import UserError
-from cmd_jax.parallel.mesh import shard
+from cmd_jax.parallel.mesh import split_frames
 from cmd_jax.stable_diffusion.vae import VAE
 
 
@@ -27,7 +29,7 @@ def encode_frames(
     Args:
       vae: its factor divides height and width.
       frames: of videos.
-      at_once: most frames of each video that are encoded together.
+      at_once: most frames of each video that a device encodes together.
       keys: typed PRNG keys [b], one a video: latents are drawn from the posterior. A frame's noise
         depends on its video's key and its place in the video alone. Without keys, latents are the
         posterior's mean.
@@ -36,7 +38,7 @@ def encode_frames(
       UserError: at_once below 1, or a size that the VAE cannot take.
     """
 
-    def encode(part, places):
+    def encode(vae, keys, part, places):
         b, g = part.shape[:2]
         mean, log_variance = vae.moments(rearrange(part, 'b g h w c -> (b g) h w c'))
         if keys is not None:
@@ -45,7 +47,7 @@ def encode_frames(
             mean = mean + jnp.exp(0.5 * log_variance) * noise
         return rearrange(mean * vae.scaling_factor, '(b g) h w d -> b g h w d', b=b, g=g)
 
-    return in_groups(encode, frames, at_once)
+    return in_groups(encode, vae, keys, frames, at_once)
 
 
 def decode_frames(
@@ -56,7 +58,7 @@ def decode_frames(
     Args:
       vae: what made the latents.
       latents: of videos.
-      at_once: most frames of each video that are decoded together.
+      at_once: most frames of each video that a device decodes together.
       tile: side of the tiles, in latents, that larger frames are decoded in, see `decode_tiles`.
 
     Raises:
@@ -65,43 +67,47 @@ def decode_frames(
     if tile is not None and (tile < 4 or tile % 4):
         raise UserError(f'tile={tile}: must be a multiple of 4, as tiles overlap by a quarter')
 
-    def decode(part, places):
+    def decode(vae, keys, part, places):
         b, g = part.shape[:2]
         z = rearrange(part, 'b g h w d -> (b g) h w d') / vae.scaling_factor
         images = vae.decode(z) if tile is None else decode_tiles(vae, z, tile)
         return rearrange(images, '(b g) h w c -> b g h w c', b=b, g=g)
 
-    return in_groups(decode, latents, at_once)
+    return in_groups(decode, vae, None, latents, at_once)
 
 
 def in_groups(
-    function: Callable, x: Float[Array, 'b t ...'], at_once: int
+    function: Callable, vae: VAE, keys: Array | None, x: Float[Array, 'b t ...'], at_once: int
 ) -> Float[Array, 'b t ...']:
-    """Applies a function of frames [b g ...] and their places [g] to x, group by group.
+    """Applies function(vae, keys [b], frames [b g ...], places [g]) to the frames x, by groups.
 
+    Each device has the VAE whole and goes over its own videos and frames: nothing is communicated.
     The results are written to their place as they come, so that nothing of the size of a whole
-    video is held but x and the result. The groups have one size; where it does not divide t, the
-    last group begins earlier and makes a few frames a second time.
+    video is held but x and the result. The groups have one size; where it does not divide the
+    frames, the last group begins earlier and makes a few frames a second time.
     """
     if at_once < 1:
         raise UserError(f'at_once={at_once}: must be at least 1')
-    frames = x.shape[1]
-    groups = -(-frames // at_once)
-    size = -(-frames // groups)
+    graphdef, params = nnx.split(vae, nnx.Param)
 
-    def split_batch(y):
-        return shard(y, 'batch', *[None] * (y.ndim - 1))
+    def run(params, keys, x, places):
+        vae, frames = nnx.merge(graphdef, params), x.shape[1]
+        groups = -(-frames // at_once)
+        size = -(-frames // groups)
 
-    def step(result, start):
-        part = split_batch(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1))
-        made = split_batch(function(part, start + jnp.arange(size)))
-        return jax.lax.dynamic_update_slice_in_dim(result, made, start, axis=1), None
+        def made(start):
+            part = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+            return function(vae, keys, part, jax.lax.dynamic_slice_in_dim(places, start, size))
 
-    group = jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[2:]), x.dtype)
-    shape = jax.eval_shape(function, group, jax.ShapeDtypeStruct((size,), jnp.int32)).shape
-    result = split_batch(jnp.zeros((shape[0], frames, *shape[2:]), jnp.float32))
-    starts = jnp.minimum(jnp.arange(groups) * size, frames - size)
-    return jax.lax.scan(step, result, starts)[0]
+        def step(result, start):
+            return jax.lax.dynamic_update_slice_in_dim(result, made(start), start, axis=1), None
+
+        shape = jax.eval_shape(made, 0).shape
+        result = jnp.zeros((shape[0], frames, *shape[2:]), jnp.float32)
+        starts = jnp.minimum(jnp.arange(groups) * size, frames - size)
+        return jax.lax.scan(step, result, starts)[0]
+
+    return split_frames(run, params, keys, x, jnp.arange(x.shape[1]))
 
 
 def frame_noise(key: Array, places: Array, shape: tuple[int, ...]) -> Float[Array, 'g h w d']:

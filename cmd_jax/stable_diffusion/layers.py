@@ -16,16 +16,23 @@ from cmd_jax.parallel.mesh import shard
 
 
 class Conv(nnx.Conv):
-    """Where a mesh splits images and kernel over the same devices, the kernel is gathered."""
+    """Where a mesh splits images and kernel over the same devices, the kernel is gathered.
+
+    `split`: the logical axis of the channels that come out, see `parallel.mesh`.
+    """
+
+    split: str | None = None
 
     def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h2 w2 c2']:
-        return shard(super().__call__(x), 'batch', None, None, None)
+        return shard(super().__call__(x), 'batch', None, None, self.split)
 
 
-def conv(in_dim: int, out_dim: int, kernel: int, *, dtype, rngs, strides=1, padding=None):
+def conv(
+    in_dim: int, out_dim: int, kernel: int, *, dtype, rngs, strides=1, padding=None, split=None
+):
     """A square convolution; the padding keeps the size at stride 1 unless given."""
     side = kernel // 2
-    return Conv(
+    made = Conv(
         in_dim,
         out_dim,
         (kernel, kernel),
@@ -34,6 +41,8 @@ def conv(in_dim: int, out_dim: int, kernel: int, *, dtype, rngs, strides=1, padd
         dtype=dtype,
         rngs=rngs,
     )
+    made.split = split
+    return made
 
 
 def group_norm(dim: int, groups: int, epsilon: float, *, dtype, rngs) -> nnx.GroupNorm:
@@ -62,7 +71,7 @@ class ResnetBlock(nnx.Module):
         rngs,
     ):
         self.norm1 = group_norm(in_dim, groups, epsilon, dtype=dtype, rngs=rngs)
-        self.conv1 = conv(in_dim, out_dim, 3, dtype=dtype, rngs=rngs)
+        self.conv1 = conv(in_dim, out_dim, 3, dtype=dtype, rngs=rngs, split='mlp')
         if time_dim:
             self.time_emb_proj = linear(time_dim, out_dim, dtype=dtype, rngs=rngs)
         self.norm2 = group_norm(out_dim, groups, epsilon, dtype=dtype, rngs=rngs)
@@ -76,7 +85,8 @@ class ResnetBlock(nnx.Module):
     ) -> Float[Array, 'b h w c2']:
         h = self.conv1(nnx.silu(self.norm1(x)))
         if time is not None:
-            h = h + self.time_emb_proj(nnx.silu(time))[:, None, None]
+            shift = shard(self.time_emb_proj(nnx.silu(time)), 'batch', 'mlp')
+            h = h + shift[:, None, None]
         h = self.conv2(nnx.silu(self.norm2(h)))
         if self.has_shortcut:
             x = self.conv_shortcut(x)

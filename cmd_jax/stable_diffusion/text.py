@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cmd_jax.models.layers import gelu, linear
+from cmd_jax.parallel.mesh import shard
 
 
 def quick_gelu(x: Array) -> Array:
@@ -32,7 +33,7 @@ class CausalAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, 'b n k']) -> Float[Array, 'b n k']:
         q, k, v = (
-            rearrange(layer(x), 'b n (h d) -> b n h d', h=self.heads)
+            shard(rearrange(layer(x), 'b n (h d) -> b n h d', h=self.heads), 'batch', None, 'heads')
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         # 77 tokens: nothing for a kernel of ours to gain.
@@ -47,7 +48,8 @@ class Mlp(nnx.Module):
         self.fc2 = linear(hidden, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, 'b n k']) -> Float[Array, 'b n k']:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        hidden = shard(self.fc1(x), 'batch', None, 'mlp')
+        return self.fc2(ACTIVATIONS[self.activation](hidden))
 
 
 class Layer(nnx.Module):
@@ -60,7 +62,7 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, 'b n k']) -> Float[Array, 'b n k']:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        return shard(x + self.mlp(self.layer_norm2(x)), 'batch', None, None)
 
 
 class Embeddings(nnx.Module):
@@ -85,7 +87,7 @@ class TextTransformer(nnx.Module):
         self.final_layer_norm = nnx.LayerNorm(dim, epsilon=1e-5, **kwargs)
 
     def __call__(self, ids: Int[Array, 'b n']) -> Float[Array, 'b n k']:
-        x = self.embeddings(ids)
+        x = shard(self.embeddings(ids), 'batch', None, None)
         for layer in self.encoder.layers:
             x = layer(x)
         return self.final_layer_norm(x).astype(jnp.float32)

@@ -38,7 +38,8 @@ class TimestepEmbedding(nnx.Module):
         self.linear_2 = linear(dim, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, t: Float[Array, 'b k']) -> Float[Array, 'b k2']:
-        return self.linear_2(nnx.silu(self.linear_1(t)))
+        hidden = shard(nnx.silu(self.linear_1(t)), 'batch', None)
+        return shard(self.linear_2(hidden), 'batch', None)
 
 
 class GEGLU(nnx.Module):
@@ -80,7 +81,7 @@ class TransformerBlock(nnx.Module):
     ) -> Float[Array, 'b n k']:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), text)
-        return x + self.ff(self.norm3(x))
+        return shard(x + self.ff(self.norm3(x)), 'batch', None, None)
 
 
 class Transformer(nnx.Module):
@@ -253,7 +254,7 @@ class UNet(nnx.Module):
             return (jax.checkpoint(call) if self.remat == 'full' else call)(level, x)
 
         time = self.time_embedding(timestep_features(t, self.time_dim).astype(self.dtype))
-        x, text = x.astype(self.dtype), text.astype(self.dtype)
+        x, text = x.astype(self.dtype), shard(text.astype(self.dtype), 'batch', None, None)
         x = self.conv_in(x)
         skips = [x]
         for level in self.down_blocks:

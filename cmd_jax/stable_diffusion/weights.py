@@ -20,6 +20,7 @@ from flax import nnx
 
 from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import param_sharding
+from cmd_jax.parallel.placement import put
 
 WORDS = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias'}
 # Buffers of old files that are no parameters.
@@ -164,7 +165,7 @@ def load(
         if x.shape != leaf.shape:
             wrong.append(f'{name_of(path)} ({x.shape} instead of {leaf.shape})')
             return None
-        return jax.device_put(np.ascontiguousarray(x, dtype), sharding)
+        return put(np.ascontiguousarray(x, dtype), sharding)
 
     params = jax.tree_util.tree_map_with_path(place, params, shardings)
     complain(folder, 'misshapen', wrong)

@@ -58,11 +58,11 @@ class StableDiffusion:
 
 @record
 class Mesh:
-    """Sizes of the device mesh; fsdp=-1 takes all devices that are left."""
+    """Sizes of the device mesh, see `parallel.mesh`."""
 
-    data: int
-    fsdp: int
-    tensor: int
+    data: int  # replicas; -1: one for each slice
+    fsdp: int  # parameters and batches are split; -1: all devices that are left
+    tensor: int  # layers, heads and frames are split; -1: so that the batch splits over the rest
 
 
 @record
@@ -83,7 +83,8 @@ class Train:
     precision: str  # 'float32', 'bfloat16' or 'auto' (bfloat16 on TPU and GPU)
     log_every: int
     save_every: int  # besides the last step
-    keep_checkpoints: int
+    keep_checkpoints: int  # the last ones
+    keep_every: int  # besides, those whose step is a multiple of it; 0: none
     preview_every: int  # besides the last step; 0: only there
     max_nonfinite: int  # stop after so many updates in a row with a non-finite loss or gradient
 
@@ -223,7 +224,9 @@ def parse(tree: dict) -> Config:
             low, high = BOUNDS[name]
             if not low <= value <= high:
                 raise UserError(f'{path}={value} must lie in {low}..{high}')
-        elif type(value) in (int, float) and name not in SIGNED and value <= 0:
+        elif path in AUTOMATIC and value == -1:
+            continue
+        elif type(value) in (int, float) and value <= 0:
             raise UserError(f'{path}={value} must be positive')
     for stage in STAGES:
         train = getattr(config, stage).train
@@ -304,13 +307,14 @@ BOUNDS = {
     'weight_decay': (0.0, MANY),
     'clip_norm': (0.0, MANY),
     'preview_every': (0, MANY),
+    'keep_every': (0, MANY),
     'l1_weight': (0.0, MANY),
     'l2_weight': (0.0, MANY),
     'lpips_weight': (0.0, MANY),
     'content_noise': (0.0, MANY),
     'guidance': (0.0, MANY),
 }
-SIGNED = ('fsdp',)
+AUTOMATIC = ('mesh.data', 'mesh.fsdp', 'mesh.tensor')  # -1: chosen by `parallel.mesh`
 
 
 def build(cls, tree, path: str):
@@ -377,8 +381,15 @@ def differences(stage: str, stored: Config, given: Config) -> list[str]:
 
 
 def save(config: Config, path: Path):
+    write(path, json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+
+
+def write(path: Path, text: str):
+    """Writes a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + '\n')
+    new = path.with_name(path.name + '.tmp')
+    new.write_text(text)
+    new.replace(path)
 
 
 def load(path: Path) -> Config:

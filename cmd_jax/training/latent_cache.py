@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import safetensors.numpy
 from absl import logging
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from cmd_jax import sampling, stable_diffusion
 from cmd_jax.data import clips, files, latent_records, pipeline, records, sources, videos
 from cmd_jax.errors import UserError, writable
+from cmd_jax.parallel.distributed import barrier, is_main
 from cmd_jax.parallel.mesh import batch_sharding, make_mesh
 from cmd_jax.training import config as configs
 from cmd_jax.training import parts, trained
@@ -132,9 +132,8 @@ def write(
         shards = -(-totals[split] // shard_clips)
         mine = range(first * shards // last, (first + 1) * shards // last)
         write_split(out, split, source, totals[split], shards, mine, shard_clips, encoder, config)
-    if last > 1:
-        multihost_utils.sync_global_devices('latents')
-    if first == 0:
+    barrier('latents')
+    if is_main():
         finish(out, settings, splits, encoder, shard_clips, config)
 
 
@@ -183,7 +182,9 @@ def write_split(out, split, source, total, shards, mine, shard_clips, encoder, c
         start=start,
     )
     try:
-        with tqdm(total=end - start, desc=f'latents of {split}', unit='clip') as bar:
+        # Of several processes one shows how far it is: all have as much to do.
+        about_bar = dict(desc=f'latents of {split}', unit='clip', disable=not is_main())
+        with tqdm(total=end - start, **about_bar) as bar:
             for k in range(missing[0], mine[-1] + 1):
                 count = min((k + 1) * shard_clips, total) - k * shard_clips
                 part = Part(itertools.islice(sequence, count), k * shard_clips, bar)

@@ -1,22 +1,23 @@
 """The one training loop of all stages."""
 
 import contextlib
-import functools
-import signal
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 from clu import parameter_overview
 from flax import nnx
 
 from cmd_jax.data import pipeline
-from cmd_jax.errors import Interrupted, UserError, writable
-from cmd_jax.models import flops
-from cmd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from cmd_jax.errors import UserError, writable
+from cmd_jax.parallel.distributed import barrier, is_main
+from cmd_jax.parallel.mesh import make_mesh
+from cmd_jax.parallel.placement import batch_share, put_batch
+from cmd_jax.parallel.preemption import Deferred
 from cmd_jax.training import config as configs
-from cmd_jax.training import stages, trained
+from cmd_jax.training import divergence, frozen, previews, program, stages, trained
 from cmd_jax.training import state as states
 from cmd_jax.training.checkpoint import Checkpoints
 from cmd_jax.training.metrics import Metrics, Progress, Trace
@@ -32,156 +33,208 @@ def train(
 ):
     """Trains the stages of `config.stage`, one after the other, each from where it stopped.
 
-    Everything that can be wrong with the config, the data and the run is looked for first.
+    Everything that can be wrong with the config, the data and the run is looked for first. Of
+    several processes, each reads its share of the batches, and the first one writes.
 
     Args:
       config: of all stages.
-      workdir: the run.
+      workdir: the run; a folder that all processes see.
       force_config: go on with a run whose config differs.
-      profile: write a profiler trace of five steps to STAGE/profile.
+      profile: write a profiler trace of five steps of the first process to STAGE/profile.
       dump_hlo: write the compiled step to STAGE/step.hlo.txt.
 
     Raises:
       UserError: for what the user can mend.
-      Interrupted: after Ctrl-C or SIGTERM, the state being saved.
+      Interrupted: after Ctrl-C, SIGTERM or a notice of preemption, the state being saved.
     """
-    if jax.process_count() > 1:
-        raise UserError(f'{jax.process_count()} processes: only one is supported so far')
     workdir = Path(workdir)
     names = configs.STAGES if config.stage == 'all' else (config.stage,)
-    mesh = make_mesh(**vars(config.mesh))
+    meshes = {}
     for name in names:
-        states.check_batch(name, getattr(config, name).train, mesh)
+        settings = getattr(config, name).train
+        at_a_time = settings.batch_size // settings.accumulation
+        meshes[name] = make_mesh(**vars(config.mesh), batch=at_a_time)
+        batch_share(meshes[name])
         check_config(name, config, workdir / name, force_config)
     data = stages.load_data(config)
     for name in names:
-        stages.check(name, config, len(data.class_names))
-    for name in names:
-        with jax.set_mesh(mesh):
-            train_stage(name, config, workdir, mesh, data, profile, dump_hlo)
+        stages.check(name, config, len(data.class_names), meshes[name])
+    with Deferred() as deferred:
+        for name in names:
+            with jax.set_mesh(meshes[name]):
+                train_stage(name, config, workdir, meshes[name], data, deferred, profile, dump_hlo)
+            barrier(f'{name} saved')
 
 
 def train_stage(
-    name: str, config: configs.Config, workdir: Path, mesh, data: stages.Data, profile, dump_hlo
+    name: str,
+    config: configs.Config,
+    workdir: Path,
+    mesh,
+    data: stages.Data,
+    deferred: Deferred,
+    profile: bool,
+    dump_hlo: bool,
 ):
     """Trains one stage to its last step; resumes from its newest checkpoint, bit for bit."""
     started = time.time()
     folder = workdir / name
-    stage = stages.make(name, config, workdir, data, mesh)
-    trained.check_inputs(folder, data.class_names, stage.autoencoder_step)
-    settings = stage.train
-    read = functools.partial(
-        pipeline.Batches,
-        data.source,
-        settings.batch_size // jax.process_count(),
-        seed=config.seed,
-        shuffle=True,
-        repeat=True,
-        workers=config.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        max_bad=config.data.max_bad,
-    )
-    tx = states.optimizer(settings)
-    key, init_key = jax.random.split(jax.random.key(config.seed))
-    graphdef, abstract, init = states.prepare(stage.make_model, tx, mesh)
-    step_fn = jax.jit(
-        functools.partial(
-            states.train_step,
-            graphdef=graphdef,
-            loss=stage.loss,
-            tx=tx,
-            ema_decay=settings.ema_decay,
-            accumulation=settings.accumulation,
-        ),
-        donate_argnames='state',
-        out_shardings=(
-            jax.tree.map(lambda x: x.sharding, abstract),
-            replicated(mesh),
-        ),
-    )
-
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            Checkpoints(folder / 'checkpoints', settings.keep_checkpoints)
-        )
-        batches = stack.enter_context(contextlib.closing(read()))
-        frozen, statistics = stage.frozen, None
-        if name == 'motion':
-            channels = config.autoencoder.model.motion_channels
-            statistics = stages.abstract_statistics(channels, mesh)
-        if checkpoints.latest is not None:
-            state, statistics = checkpoints.restore(abstract, statistics, batches)
-            logging.info('%s: going on from step %d', name, int(state.step))
-        else:
-            state = init(init_key, stage.start())
-            if name == 'motion':
-                with contextlib.closing(read()) as sample:
-                    statistics = stages.measure_statistics(
-                        frozen,
-                        sample,
-                        config.motion.statistics_clips,
-                        config.stable_diffusion.frames_at_once,
-                    )
-                statistics = jax.device_put(statistics, replicated(mesh))
-        # From here on the folder is this run's.
-        configs.save(config, folder / 'config.json')
-        trained.save_inputs(folder, data.class_names, stage.autoencoder_step)
-        if statistics:
-            frozen = frozen | {'statistics': statistics}
-        step = int(state.step)
-        if step >= settings.steps:
-            logging.info('%s: trained already (%d steps)', name, step)
-            return
-        batch = to_device(stage.inputs(next(batches)), mesh)
-        counted = count_flops(graphdef, stage, state, frozen, batch)
-        # Compiled ahead: what does not fit is told before the first step, and nothing compiles
-        # a second time.
-        compile_started = time.time()
-        compiled = step_fn.lower(state, frozen, batch, key).compile()
-        describe(name, state, mesh, counted, compiled, time.time() - compile_started)
-        if dump_hlo:
+        # Until there is more to save than was read, a request to stop ends it at once.
+        with deferred.at_once():
+            given = frozen.load(name, config, workdir, data, mesh)
+            trained.check_inputs(folder, data.class_names, given.autoencoder_step)
+            stage = stages.make(name, config, len(data.class_names), mesh)
+            settings, made = stage.train, program.make(stage)
+            checkpoints = stack.enter_context(
+                Checkpoints(folder / 'checkpoints', settings.keep_checkpoints, settings.keep_every)
+            )
+            batches = stack.enter_context(contextlib.closing(read(config, stage, data)))
+            key, init_key = jax.random.split(jax.random.key(config.seed))
+            statistics = frozen.abstract_statistics(config, mesh) if name == 'motion' else None
+            if checkpoints.latest is not None:
+                state, statistics, position = checkpoints.restore(made.abstract, statistics)
+                if position is None:
+                    logging.info('%s: no position in the data: from its beginning', folder)
+                else:
+                    batches.seek(position)
+                logging.info('%s: going on from step %d', name, int(state.step))
+            else:
+                state = made.init(init_key, stage.start())
+                if name == 'motion':
+                    with contextlib.closing(read(config, stage, data)) as sample:
+                        statistics = frozen.measure_statistics(
+                            given.networks,
+                            sample,
+                            config.motion.statistics_clips,
+                            config.stable_diffusion.frames_at_once,
+                            mesh,
+                        )
+            if is_main():
+                # From here on the folder is this run's.
+                configs.save(config, folder / 'config.json')
+                trained.save_inputs(folder, data.class_names, given.autoencoder_step)
+            networks = given.networks | ({'statistics': statistics} if statistics else {})
+            step = int(state.step)
+            if step >= settings.steps:
+                logging.info('%s: trained already (%d steps)', name, step)
+                return
+            batch = put_batch(given.inputs(next(batches)), mesh)
+            counted = made.flops(networks, batch)
+            compiled = compile_step(made, state, networks, batch, key, counted)
+        if dump_hlo and is_main():
             (folder / 'step.hlo.txt').write_text(compiled.as_text())
-        metrics = stack.enter_context(
-            contextlib.closing(Metrics(folder, step, config.tensorboard, started))
-        )
-        progress = stack.enter_context(
-            contextlib.closing(Progress(name, step, settings.steps, settings.batch_size, counted))
-        )
-        signals = stack.enter_context(Signals())
+        main, profile = is_main(), profile and is_main()
+        if main:
+            metrics = Metrics(folder, step, config.tensorboard, started)
+            stack.enter_context(contextlib.closing(metrics))
+            progress = Progress(name, step, settings.steps, settings.batch_size, counted)
+            stack.enter_context(contextlib.closing(progress))
         if profile:
             trace = stack.enter_context(Trace(folder / 'profile', step))
 
-        before = None
+        def settle(step, scalars, batch):
+            """Looks at a finished step; gives the updates skipped in a row up to it."""
+            nonfinite = int(jax.device_get(scalars['nonfinite']))
+            if nonfinite >= settings.max_nonfinite:
+                with jax.transfer_guard('allow'):
+                    found = divergence.dump(folder, made, state.params, networks, batch, key, step)
+                raise UserError(divergence.message(name, settings, *found))
+            due = step == 1 or step % settings.log_every == 0 or step == settings.steps
+            if main and due:
+                told = {k: float(v) for k, v in jax.device_get(scalars).items()}
+                progress.update(step)
+                told['learning_rate'] = float(rates[step])
+                told |= progress.speed(step)
+                progress.show(told)
+                metrics.write(step, told)
+            return nonfinite
+
+        # Ahead: on the devices it would wait behind the step that they work on.
+        rates = states.learning_rate(settings)(np.arange(settings.steps + 1))
+        rates = np.broadcast_to(rates, settings.steps + 1)
+        before, nonfinite = None, int(state.nonfinite)
+        # In the loop nothing moves between host and devices but batches and metrics.
+        stack.enter_context(jax.transfer_guard('disallow'))
         while step < settings.steps:
-            state, scalars = compiled(state, frozen, batch, key)
+            state, scalars = compiled(state, networks, batch, key)
             step += 1
             if profile:
                 trace.update(step, scalars)
             # The device works on this step while the host looks at the one before.
             if before is not None:
-                check_finite(name, settings, step - 1, before)
-            before = scalars
-            last = step == settings.steps
-            if step == 1 or step % settings.log_every == 0 or last:
-                scalars = {k: float(v) for k, v in scalars.items()}
-                progress.update(step)
-                scalars['learning_rate'] = float(states.learning_rate(settings)(step))
-                scalars |= progress.speed(step)
-                progress.show(scalars)
-                metrics.write(step, scalars)
-            stop = signals.received
-            if step % settings.save_every == 0 or last or stop:
-                checkpoints.save(state, statistics, batches)
-            if last or (settings.preview_every and step % settings.preview_every == 0 and not stop):
-                model = nnx.merge(graphdef, state.ema)
-                out = stage.preview(model, frozen, stage.inputs(data.clips))
-                stages.write_preview(folder / 'previews', step, *out)
-            if stop or (last and signals.received):
-                raise Interrupted(f'{name} saved at step {step}')
+                nonfinite = settle(*before)
+            before = step, scalars, batch
+            checkpoints.check()
+            last, stop = step == settings.steps, deferred.reached()
+            save = step % settings.save_every == 0 or last or stop
+            look = last or (settings.preview_every and step % settings.preview_every == 0)
+            # What the metrics tell is never behind what is saved; and after what may be the last
+            # skipped update allowed, no other one changes the parameters that a dump needs.
+            if save or look or nonfinite + 1 >= settings.max_nonfinite:
+                nonfinite = settle(*before)
+                before = None
+            with jax.transfer_guard('allow'):
+                if save:
+                    checkpoints.save(state, statistics, batches.position)
+                if look and not stop:
+                    model = nnx.merge(made.graphdef, state.ema)
+                    clips = given.inputs(data.clips)
+                    out = previews.make(stage.preview, model, networks, clips, mesh)
+                    if is_main():
+                        previews.write(folder / 'previews', step, *out)
+            if stop:
+                checkpoints.wait()
+                raise deferred.interrupted(f'{name} saved at step {step}')
             if not last:
-                batch = to_device(stage.inputs(next(batches)), mesh)
-        check_finite(name, settings, step, before)
+                batch = put_batch(given.inputs(next(batches)), mesh)
+
+
+def read(config: configs.Config, stage: stages.Stage, data: stages.Data) -> pipeline.Batches:
+    """The shares of the training batches that this process has."""
+    index, count = batch_share(stage.mesh)
+    return pipeline.Batches(
+        data.source,
+        stage.train.batch_size,
+        seed=config.seed,
+        shuffle=True,
+        repeat=True,
+        workers=config.data.workers,
+        process_index=index,
+        process_count=count,
+        max_bad=config.data.max_bad,
+    )
+
+
+def compile_step(made: program.Program, state, networks: dict, batch: dict, key, counted: float):
+    """The step, compiled ahead: what does not fit is told before the first step, and nothing
+    compiles a second time. Logs what it costs.
+
+    Raises:
+      UserError: it does not fit into the devices' memory.
+    """
+    name, mesh, started = made.stage.name, made.stage.mesh, time.time()
+    try:
+        compiled = made.step.lower(state, networks, batch, key).compile()
+    except jax.errors.JaxRuntimeError as e:
+        if 'RESOURCE_EXHAUSTED' not in str(e):
+            raise
+        raise UserError(
+            f'{name}: the step does not fit into the memory of the devices '
+            f'({str(e).splitlines()[0][:200]}): raise {name}.train.accumulation='
+            f'{made.stage.train.accumulation} or take more devices'
+        ) from e
+    table = parameter_overview.get_parameter_overview(state.params, include_stats='sharding')
+    logging.info('%s on %s\n%s', name, dict(mesh.shape), table)
+    memory = compiled.memory_analysis()
+    logging.info(
+        '%s: %.3g model TFLOP a step; %.2f GB of state and batch and %.2f GB of work space on a '
+        'device; compiled in %.1f s',
+        *(name, counted / 1e12),
+        *(memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9),
+        time.time() - started,
+    )
+    return compiled
 
 
 def check_config(name: str, config: configs.Config, folder: Path, force: bool):
@@ -195,63 +248,3 @@ def check_config(name: str, config: configs.Config, folder: Path, force: bool):
                 'use another --workdir, or --force_config to go on with the new one'
             )
     writable('workdir', folder)
-
-
-def to_device(batch: dict, mesh) -> dict:
-    """What a host's batch holds for the step, as global arrays over the mesh."""
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, x) for k, x in batch.items()}
-
-
-def count_flops(graphdef, stage: stages.Stage, state, frozen, batch) -> float:
-    """Model FLOPs of an update: the trained network's forward pass three times, what the frozen
-    ones do once. LPIPS counts as part of the network; recomputation is not counted."""
-    keys = jax.random.split(jax.random.key(0), jax.tree.leaves(batch)[0].shape[0])
-
-    def forward(params):
-        return stage.loss(nnx.merge(graphdef, params), frozen, batch, keys)[0]
-
-    whole = flops.count(forward, state.params).flops
-    fixed = flops.count(stage.frozen_pass, frozen, batch, keys).flops
-    return 3.0 * whole - 2.0 * fixed
-
-
-def describe(name: str, state, mesh, counted: float, compiled, seconds: float):
-    """Logs the parameters with their shardings, and what a step costs."""
-    table = parameter_overview.get_parameter_overview(state.params, include_stats='sharding')
-    logging.info('%s on %s\n%s', name, dict(mesh.shape), table)
-    memory = compiled.memory_analysis()
-    logging.info(
-        '%s: %.3g model TFLOP a step; %.2f GB of state and batch and %.2f GB of work space on a '
-        'device; compiled in %.1f s',
-        *(name, counted / 1e12),
-        *(memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9, seconds),
-    )
-
-
-def check_finite(name: str, settings: configs.Train, step: int, scalars: dict):
-    """Stops a run that has diverged."""
-    if int(scalars['nonfinite']) >= settings.max_nonfinite:
-        raise UserError(
-            f'{name} diverged: {settings.max_nonfinite} updates in a row up to step {step} had a '
-            'non-finite loss or gradient and were skipped: lower '
-            f'{name}.train.learning_rate={settings.learning_rate} or set {name}.train.clip_norm'
-        )
-
-
-class Signals:
-    """The first Ctrl-C or SIGTERM is noted, the second one acts as usual."""
-
-    def __enter__(self):
-        self.received = False
-        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number, frame):
-        self.received = True
-        logging.warning('stopping: the state is saved after this step (again: stop at once)')
-        signal.signal(number, self.old[number])
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)

@@ -21,6 +21,10 @@ from cmd_jax.sampling import noisy_content, normal_like, normalize, split_keys, 
 from cmd_jax.stable_diffusion import UNet
 from cmd_jax.training.config import AutoencoderLoss, DiffusionLoss
 
+# What of a batch the losses read besides the condition: its places, and clips or what a cache has
+# of them.
+READ = ('place', 'video', 'content', 'motion')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frames:

@@ -15,14 +15,16 @@ from cmd_jax.errors import UserError
 from cmd_jax.models.autoencoder import VideoAutoencoder
 from cmd_jax.models.content import ContentDiT
 from cmd_jax.models.motion import MotionDiT
+from cmd_jax.parallel.mesh import platform
 from cmd_jax.stable_diffusion import VAE, StableDiffusion, UNet
 from cmd_jax.training import config as configs
 
 
 def compute_dtype(precision: str):
-    """What linear layers compute in: 'auto' is bfloat16 on accelerators, float32 on CPU."""
+    """What linear layers compute in: 'auto' is bfloat16 on the accelerators of the mesh that is set
+    (or of this host), and float32 on CPUs."""
     if precision == 'auto':
-        precision = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+        precision = 'float32' if platform() == 'cpu' else 'bfloat16'
     return jnp.dtype(precision)
 
 

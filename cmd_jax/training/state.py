@@ -1,6 +1,5 @@
 """The train state and the one update of all stages, pure functions of plain nested dicts."""
 
-import math
 import typing
 from collections.abc import Callable
 
@@ -9,8 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from cmd_jax.errors import UserError
-from cmd_jax.parallel.mesh import ACTIVATIONS, param_sharding, path_name, replicated
+from cmd_jax.parallel.mesh import param_sharding, path_name
 from cmd_jax.training.config import Train
 
 Leaf = typing.Any  # jax.Array, jax.ShapeDtypeStruct or jax.sharding.Sharding
@@ -91,22 +89,58 @@ def prepare(
         zero = jnp.int32(0)
         return TrainState(zero, zero, zero, params, params, tx.init(params))
 
-    shapes = jax.eval_shape(init, jax.random.key(0), {})
-    params = param_sharding(shapes.params, mesh)
-    everywhere = replicated(mesh)
-    # Every slot of the optimizer lies like the parameter that it mirrors.
-    opt_state = optax.tree_map_params(
-        tx,
-        lambda _, sharding: sharding,
-        shapes.opt_state,
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
-    sharding = TrainState(everywhere, everywhere, everywhere, params, params, opt_state)
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), {}))
+    # By their paths: every slot of the optimizer lies like the parameter that it mirrors.
+    sharding = param_sharding(shapes, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
     )
     return graphdef, abstract, jax.jit(init, out_shardings=sharding, donate_argnames='start')
+
+
+def example_keys(key: jax.Array, batch: dict) -> jax.Array:
+    """A key for each example, by its place in the batch."""
+    return jax.random.split(key, len(batch['place']))[batch['place']]
+
+
+def gradient(
+    params: dict,
+    frozen: dict,
+    batch: dict,
+    key: jax.Array,
+    step: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    loss: Callable,
+    accumulation: int,
+) -> tuple[dict, dict]:
+    """(gradient, metrics) of a step. `loss(model, frozen, batch, keys)` -> (scalar, metrics), with
+    a key an example.
+
+    Randomness depends on the run's key, the step and the example's place in the batch alone, not on
+    how the batch is split over hosts, devices or accumulation steps.
+    """
+    keys = example_keys(jax.random.fold_in(key, step), batch)
+
+    def compute(params, batch, keys):
+        return loss(nnx.merge(graphdef, params), frozen, batch, keys)
+
+    grad = jax.value_and_grad(compute, has_aux=True)
+    if accumulation == 1:
+        (_, metrics), grads = grad(params, batch, keys)
+        return grads, metrics
+    # A strided split: every device keeps its own examples, nothing is communicated.
+    parts = jax.tree.map(
+        lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
+    )
+
+    def add(total, part):
+        (_, metrics), grads = grad(params, *part)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, metrics = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda g: g / accumulation, grads), jax.tree.map(jnp.mean, metrics)
 
 
 def train_step(
@@ -115,41 +149,13 @@ def train_step(
     batch: dict,
     key: jax.Array,
     *,
-    graphdef: nnx.GraphDef,
-    loss: Callable,
     tx: optax.GradientTransformation,
     ema_decay: float,
-    accumulation: int,
+    **about,
 ) -> tuple[TrainState, dict]:
-    """One update. `loss(model, frozen, batch, keys)` -> (scalar, metrics), with a key an example.
-
-    Randomness depends on the run's key, the step and the example's place in the batch alone, not on
-    how the batch is split over devices or accumulation steps.
-    """
-    size = jax.tree.leaves(batch)[0].shape[0]
-    keys = jax.random.split(jax.random.fold_in(key, state.step), size)
-
-    def compute(params, batch, keys):
-        return loss(nnx.merge(graphdef, params), frozen, batch, keys)
-
-    grad = jax.value_and_grad(compute, has_aux=True)
-    if accumulation == 1:
-        (_, metrics), grads = grad(state.params, batch, keys)
-    else:
-        # A strided split: every device keeps its own examples, nothing is communicated.
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), (batch, keys)
-        )
-
-        def add(total, part):
-            (_, metrics), grads = grad(state.params, *part)
-            return jax.tree.map(jnp.add, total, grads), metrics
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, metrics = jax.lax.scan(add, zeros, parts)
-        grads = jax.tree.map(lambda g: g / accumulation, grads)
-        metrics = jax.tree.map(jnp.mean, metrics)
-
+    """One update; `about`: graphdef, loss and accumulation, see `gradient`. One with a non-finite
+    loss or gradient is skipped, and counted."""
+    grads, metrics = gradient(state.params, frozen, batch, key, state.step, **about)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -169,14 +175,3 @@ def train_step(
         'nonfinite': state.nonfinite,
         'skipped': state.skipped,
     }
-
-
-def check_batch(name: str, config: Train, mesh: jax.sharding.Mesh):
-    """Raises UserError where the batch does not split over this mesh and the accumulation."""
-    ways = math.prod(mesh.shape[axis] for axis in ACTIVATIONS['batch'])
-    unit = ways * config.accumulation
-    if config.batch_size % unit:
-        raise UserError(
-            f'{name}.train.batch_size={config.batch_size} is not divisible by {ways} devices x '
-            f'{config.accumulation} accumulation steps: choose a multiple of {unit}'
-        )

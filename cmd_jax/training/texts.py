@@ -10,13 +10,13 @@ import typing
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from cmd_jax.parallel.mesh import replicated
+from cmd_jax.parallel.placement import put
 from cmd_jax.stable_diffusion import StableDiffusion, TextEncoder
 from cmd_jax.stable_diffusion.text import mean_over_text
 
@@ -109,8 +109,7 @@ def make(
 
     def features(prompts):
         hidden, mean = encoder.encode(prompts)
-        chosen = jnp.asarray(mean if pooled else hidden, dtype)
-        return jax.device_put(chosen, replicated(mesh))
+        return put(np.asarray(mean if pooled else hidden, dtype), replicated(mesh))
 
     null = features([''])[0]
     if captions is None or len(captions) * null.size * null.dtype.itemsize > table_bytes:
@@ -132,5 +131,5 @@ def given(empty_prompt: dict, *, pooled: bool, mesh: jax.sharding.Mesh) -> Texts
     `empty_prompt` has the features of no text: `hidden` [n k] and `pooled` [k].
     """
     name = 'pooled' if pooled else 'hidden'
-    null = jax.device_put(jnp.asarray(empty_prompt[name], jnp.float32), replicated(mesh))
+    null = put(np.asarray(empty_prompt[name], np.float32), replicated(mesh))
     return Texts(Given(null), lambda batch: batch[name])

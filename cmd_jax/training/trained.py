@@ -16,6 +16,7 @@ from flax import nnx
 
 from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import param_sharding, path_name, replicated
+from cmd_jax.parallel.placement import fetch
 from cmd_jax.training import config as configs
 from cmd_jax.training import metrics
 from cmd_jax.training.checkpoint import Checkpoints
@@ -60,7 +61,7 @@ def check_inputs(folder: Path, class_names: list[str], autoencoder_step: int | N
 
 def save_inputs(folder: Path, class_names: list[str], autoencoder_step: int | None):
     inputs = {'class_names': class_names, 'autoencoder_step': autoencoder_step}
-    (folder / 'inputs.json').write_text(json.dumps(inputs) + '\n')
+    configs.write(folder / 'inputs.json', json.dumps(inputs) + '\n')
 
 
 def load(
@@ -96,7 +97,7 @@ def load(
     if stage == 'motion':
         vector = jax.ShapeDtypeStruct((config.autoencoder.model.motion_channels,), jnp.float32)
         tree['statistics'] = dict.fromkeys(('mean', 'std'), placed(vector, replicated(mesh)))
-    with Checkpoints(folder / 'checkpoints') as checkpoints:
+    with Checkpoints(folder / 'checkpoints', model_only=True) as checkpoints:
         step, steps = checkpoints.latest, getattr(config, stage).train.steps
         if step is None or step < steps:
             raise UserError(
@@ -113,12 +114,12 @@ def load(
 
 
 def fingerprint(network: nnx.Module) -> str:
-    """A hash of a network's parameters and their names."""
+    """A hash of a network's parameters and their names; all processes that hold them call it."""
     digest = hashlib.sha256()
     params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         digest.update(path_name(path).encode())
-        digest.update(np.ascontiguousarray(x).tobytes())
+        digest.update(np.ascontiguousarray(fetch(x)).tobytes())
     return digest.hexdigest()
 
 

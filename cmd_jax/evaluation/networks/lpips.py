@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import pretrained
+from cmd_jax.parallel.mesh import shard
 
 # ImageNet's channel mean and deviation, in units of images in [-1, 1].
 _MEAN = (-0.030, -0.088, -0.188)
@@ -128,7 +129,7 @@ class LPIPS(nnx.Module):
         for layer, convolution in zip(_NETWORKS[self.net].convolutions, self.convolutions):
             if layer.pool:
                 x = nnx.max_pool(x, (layer.pool, layer.pool), strides=(2, 2))
-            x = jax.nn.relu(convolution(x))
+            x = shard(jax.nn.relu(convolution(x)), 'batch', None, None, None)
             if layer.compared:
                 features.append(x)
         return features

@@ -1,0 +1,122 @@
+"""What training and sampling would cost on TPU slices, by the TPU compiler on this machine.
+
+    pip install -r requirements-tpu-compile.txt
+    python -m benchmarks.pods
+
+Compiles the steps of the shipped configs for v5e:4x4, v5e:8x8, v5p:4x4x4 and v6e:8x8, and sampling
+at 512 x 1024 for one v5e, and writes results/pods.json and prints the table. A row that is
+there already is kept (--again: made anew). A step that does not fit is tried with its batch in more
+parts, 2, 4, 8, …, and the first that fits is told.
+"""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import jax
+from absl import flags, logging
+
+from cmd_jax import cli
+from cmd_jax.parallel import compile_only
+from cmd_jax.training import compile_for, compile_sampler
+from cmd_jax.training import config as configs
+
+RESULTS = Path(__file__).parent / 'results' / 'pods.json'
+SLICES = ('v5e:4x4', 'v5e:8x8', 'v5p:4x4x4', 'v6e:8x8')
+CONFIGS = [
+    (f'{name}:{words}{stage}', name, f'{words}{stage}')
+    for name, words in (('ucf101', ''), ('text_to_video', 'sd15,'), ('text_to_video', 'sd21,'))
+    for stage in configs.STAGES
+]
+SAMPLERS = (('text_to_video:sd21', 'v5e:1x1'), ('text_to_video:sd15', 'v5e:1x1'))
+PARTS = 32  # most parts of a batch that are tried
+
+AGAIN = flags.DEFINE_bool('again', False, 'Make rows anew that are there already')
+
+
+def shipped(name: str, arg: str) -> configs.Config:
+    """A config of configs/."""
+    return configs.parse(importlib.import_module(f'configs.{name}').get_config(arg).to_dict())
+
+
+def train_row(config: configs.Config, place: compile_only.Slice) -> dict:
+    """The cost of the config's stage on a slice, in as few parts as fit."""
+    stage = config.stage
+    while True:
+        report = compile_for.measure(stage, config, place)
+        print(report.lines(), flush=True)
+        section = getattr(config, stage)
+        parts = 2 * section.train.accumulation
+        unit = parts * report.mesh['data'] * report.mesh['fsdp']
+        if report.fits or parts > PARTS or section.train.batch_size % unit:
+            found = dataclasses.asdict(report)
+            return found | {
+                'fits': report.fits,
+                'step_seconds': report.step_seconds,
+                'intensity': report.intensity if report.cost else None,
+            }
+        train = dataclasses.replace(section.train, accumulation=parts)
+        section = dataclasses.replace(section, train=train)
+        config = dataclasses.replace(config, **{stage: section})
+
+
+def sampler_row(config: configs.Config, place: compile_only.Slice) -> dict:
+    """The cost of one video."""
+    report = compile_sampler.measure(config, place, 1)
+    print(report.lines(), flush=True)
+    return dataclasses.asdict(report) | {'fits': report.fits, 'peak': report.peak}
+
+
+def table(rows: dict) -> str:
+    """The rows of training as Markdown."""
+    lines = [
+        '| config | slice | mesh | batch | parts | state | peak | of | TFLOP a chip | collectives '
+        '| step at 40 % | compiled in |',
+        '|---|---|---|---|---|---|---|---|---|---|---|---|',
+    ]
+    for key, row in rows.items():
+        if 'stage' not in row:
+            continue
+        config, place = key.split(' on ')
+        mesh = ' x '.join(str(n) for n in row['mesh'].values())
+        common = f'| {config} | {place} | {mesh} | {row["batch_size"]} | {row["accumulation"]} '
+        if not row['cost']:
+            lines.append(common + '| does not fit | | | | | | |')
+            continue
+        moved = sum(x['bytes'] for x in row['cost']['collectives'].values())
+        lines.append(
+            f'{common}| {compile_for.gigabytes(row["state_bytes"])} '
+            f'| {compile_for.gigabytes(row["cost"]["peak"])} '
+            f'| {row["memory_bytes"] / 2**30:.0f} GiB '
+            f'| {row["model_flops"] / row["chips"] / 1e12:.1f} '
+            f'| {compile_for.gigabytes(moved)} | {row["step_seconds"]:.2f} s '
+            f'| {row["cost"]["seconds"]:.0f} s |'
+        )
+    return '\n'.join(lines)
+
+
+def main():
+    """Makes the rows that are missing, and prints the table."""
+    jax.config.update('jax_enable_compilation_cache', False)
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() and not AGAIN.value else {}
+    work = [
+        (f'{title} on {name}', train_row, arg, name) for title, *arg in CONFIGS for name in SLICES
+    ]
+    work += [
+        (f'sampling {title} on {name}', sampler_row, (*title.split(':'),), name)
+        for title, name in SAMPLERS
+    ]
+    for key, make, (file, arg), name in work:
+        if key in rows:
+            continue
+        logging.info('%s', key)
+        if make is sampler_row:
+            arg += ',all'
+        rows[key] = make(shipped(file, arg), compile_only.find(name))
+        RESULTS.write_text(json.dumps(rows, indent=1) + '\n')
+    print(table(rows))
+
+
+if __name__ == '__main__':
+    cli.run(main)

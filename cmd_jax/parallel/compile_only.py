@@ -1,0 +1,174 @@
+"""The TPU compiler without a TPU: the devices of a slice that is elsewhere, and what a program that
+is compiled for them costs there.
+
+Needs libtpu beside the CPU's jax: pip install -r requirements-tpu-compile.txt
+"""
+
+import dataclasses
+import os
+import re
+import time
+import typing
+
+import jax
+
+from cmd_jax.errors import UserError, choose
+from cmd_jax.parallel import compiled as programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """From Google Cloud's TPU documentation.
+
+    Attributes:
+      memory: bytes of HBM.
+      flops: dense bfloat16 peak in FLOP/s.
+      bandwidth: of HBM, bytes/s.
+      axes: of its slices' shapes.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    axes: int
+
+
+CHIPS = {
+    'v4': Chip(32 * 2**30, 275e12, 1228e9, 3),
+    'v5e': Chip(16 * 2**30, 197e12, 819e9, 2),
+    'v5p': Chip(95 * 2**30, 459e12, 2765e9, 3),
+    'v6e': Chip(32 * 2**30, 918e12, 1640e9, 2),
+}
+UTILISATION = 0.4  # of the peak, for the step time that is told
+
+# Without the search for the fastest tiles and overlaps, which takes most of the time: what is
+# computed, where it lies and what is communicated stay the same.
+QUICK = {
+    'exec_time_optimization_effort': -1.0,
+    'xla_tpu_enable_async_collective_fusion': 'false',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A TPU slice, or several that work together.
+
+    Attributes:
+      name: such as 'v5e:8x8', or 'v5e:8x8*2' for two slices.
+      chip: of CHIPS.
+      devices: that programs can be compiled for.
+    """
+
+    name: str
+    chip: Chip
+    devices: list
+
+
+def find(name: str) -> Slice:
+    """The slice of that name.
+
+    Raises:
+      UserError: an unknown name, or libtpu is not installed.
+    """
+    told = f'--compile_for={name}'
+    match = re.fullmatch(r'([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?', name)
+    if not match:
+        raise UserError(f'{told}: give CHIP:SHAPE, such as v5e:8x8 or v5p:4x4x4, or v5e:8x8*2')
+    kind, shape, slices = match[1], match[2], int(match[3] or 1)
+    choose('--compile_for: chip', kind, CHIPS)
+    chip = CHIPS[kind]
+    if shape.count('x') + 1 != chip.axes:
+        raise UserError(f'{told}: the slices of {kind} have {chip.axes} axes')
+    # The compiler would ask the machine that it is on for its TPUs.
+    os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+    os.environ['TPU_WORKER_HOSTNAMES'] = 'localhost'
+    os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
+    # No TPU is taken: several processes may compile.
+    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as e:
+        raise UserError(
+            f'{told}: the TPU compiler is missing: pip install -r requirements-tpu-compile.txt'
+        ) from e
+    from jax.experimental import topologies
+
+    options = {'num_slices': slices} if slices > 1 else {}
+    if set(shape) <= {'1', 'x'}:
+        options['chips_per_host_bounds'] = [1, 1, 1]
+    try:
+        found = topologies.get_topology_desc(
+            platform='tpu', topology_name=f'{kind}:{shape}', **options
+        )
+    except jax.errors.JaxRuntimeError as e:
+        raise UserError(f'{told}: {str(e).splitlines()[0]}') from e
+    return Slice(name, chip, list(found.devices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a compiled program costs on one chip.
+
+    Attributes:
+      seconds: of compilation.
+      arguments: bytes of what it reads.
+      work: bytes of what it needs besides, at most.
+      peak: bytes in all.
+      collectives: {kind: {'count', 'bytes'}} of a run.
+      traffic: bytes to and from the chip's memory in a run, about.
+    """
+
+    seconds: float
+    arguments: int
+    work: int
+    peak: int
+    collectives: dict
+    traffic: int
+
+
+def compile_program(lowered: typing.Any, search: bool = False) -> tuple[typing.Any, Cost]:
+    """Compiles a lowered program for the devices of its mesh.
+
+    Args:
+      lowered: of `jax.jit(...).lower(...)`.
+      search: for the fastest tiles and overlaps too: minutes more.
+
+    Raises:
+      DoesNotFit: into the memory of a chip.
+    """
+    started = time.time()
+    try:
+        program = lowered.compile(compiler_options=None if search else QUICK)
+    except jax.errors.JaxRuntimeError as e:
+        if 'RESOURCE_EXHAUSTED' not in str(e):
+            raise
+        raise DoesNotFit(_needed(str(e))) from e
+    seconds, memory = time.time() - started, program.memory_analysis()
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    work = memory.temp_size_in_bytes + made + memory.generated_code_size_in_bytes
+    computations = programs.parse(program.as_text())
+    return program, Cost(
+        seconds=seconds,
+        arguments=memory.argument_size_in_bytes,
+        work=work,
+        peak=memory.argument_size_in_bytes + work,
+        collectives=programs.collectives(computations),
+        traffic=programs.memory_traffic(computations),
+    )
+
+
+class DoesNotFit(Exception):
+    """A program needs more memory than a chip has.
+
+    Attributes:
+      needed: bytes, where the compiler tells.
+    """
+
+    def __init__(self, needed: float | None):
+        super().__init__(needed)
+        self.needed = needed
+
+
+def _needed(message: str) -> float | None:
+    found = re.search(r'Used ([\d.]+)([KMGT]?) of', message)
+    return found and float(found[1]) * 1024 ** ' KMGT'.index(found[2] or ' ')

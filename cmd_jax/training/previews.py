@@ -1,0 +1,109 @@
+"""Previews of a stage in training, made by all processes and written by one.
+
+A stage's preview is a function (network, frozen, batch of real clips, keys) -> arrays of uint8
+videos [n t h w 3], n of each, which are looked at side by side (images are videos of one frame).
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+from einops import repeat
+
+from cmd_jax import sampling
+from cmd_jax import video as videos
+from cmd_jax.data.clips import Skipped
+from cmd_jax.errors import UserError
+from cmd_jax.parallel.mesh import batch_sharding, batch_ways
+from cmd_jax.parallel.placement import fetch, put
+from cmd_jax.training import losses
+
+PREVIEWS = 8
+
+
+def make(preview, model, frozen: dict, batch: dict, mesh) -> tuple[np.ndarray, int]:
+    """The videos of a stage's preview, those that belong together behind each other, and how many
+    these are. The clips are split over the mesh."""
+    count = len(jax.tree.leaves(batch)[0])
+    rows = np.arange(count + -count % batch_ways(mesh)) % count
+    sharding = batch_sharding(mesh)
+    keys = jax.jit(
+        functools.partial(sampling.video_keys, 0, 0, len(rows)), out_shardings=sharding
+    )()
+    batch = put({name: x[rows] for name, x in batch.items()}, sharding)
+    found = [fetch(x)[:count] for x in preview(model, frozen, batch, keys)]
+    return np.stack(found, axis=1).reshape(-1, *found[0].shape[1:]), len(found)
+
+
+def write(folder: Path, step: int, out: np.ndarray, together: int):
+    """FOLDER/STEP.png (a row a video, a column a frame) and, for videos, STEP.mp4 (a grid)."""
+    scale = max(1, 128 // out.shape[2])
+    if out.shape[1] == 1:
+        image = videos.grid(out, columns=2 * together)[0]
+        videos.write_image(folder / f'{step:07d}.png', image, scale=scale)
+        return
+    videos.write_image(folder / f'{step:07d}.png', videos.filmstrip(out), scale=scale)
+    videos.write(folder / f'{step:07d}.mp4', videos.grid(out, columns=2 * together), scale=scale)
+
+
+def clips(source) -> dict[str, np.ndarray]:
+    """The first clips of a source as a batch: always the same."""
+    found = [source[i] for i in range(min(PREVIEWS, len(source)))]
+    good = [clip for clip in found if not isinstance(clip, Skipped)]
+    if not good:
+        raise UserError(f'{source.name}: no clip of the test split can be had: {found[0]}')
+    return {name: np.stack([clip[name] for clip in good]) for name in good[0]}
+
+
+def encode(frozen: dict, batch: dict, at_once: int):
+    """Content frames and motion latents of a batch, by the frozen autoencoder or from a cache."""
+    if 'content' in batch:
+        return batch['content'], batch['motion']
+    return sampling.encode_program(
+        frozen['autoencoder'], frozen.get('vae'), batch['video'], at_once=at_once
+    )
+
+
+def conditions(model, frozen: dict, batch: dict):
+    """(condition, null) of a preview's clips."""
+    condition = losses.condition_of(frozen, batch)
+    return condition, losses.null_condition(model, frozen, condition)
+
+
+def autoencoder(at_once, model, frozen, batch, keys):
+    """Real clips, their content frames (held) and their reconstructions."""
+    vae = frozen.get('vae')
+    content, motion = encode(frozen | {'autoencoder': model}, batch, at_once)
+    frame = sampling.video_program(vae, content[:, None], at_once=1)
+    out = sampling.decode_program(model, vae, content, motion, at_once=at_once)
+    return batch['video'], repeat(frame, 'b 1 h w c -> b t h w c', t=out.shape[1]), out
+
+
+def content(process, options, at_once, model, frozen, batch, keys):
+    """Content frames of real clips, and generated ones of the same condition."""
+    true = encode(frozen, batch, at_once)[0]
+    drawn = sampling.content_program(
+        model, process, keys, *conditions(model, frozen, batch), true.shape[1:], **options
+    )
+    vae = frozen.get('vae')
+    return tuple(sampling.video_program(vae, x[:, None], at_once=1) for x in (true, drawn))
+
+
+def motion(process, options, at_once, model, frozen, batch, keys):
+    """Real clips (of a cache, their reconstructions), and their content frames with generated
+    motion."""
+    frames, true = encode(frozen, batch, at_once)
+    drawn = sampling.motion_program(
+        *(model, process, keys, frames),
+        *conditions(model, frozen, batch),
+        frozen['statistics'],
+        **options,
+    )
+
+    def decode(motion):
+        return sampling.decode_program(
+            frozen['autoencoder'], frozen.get('vae'), frames, motion, at_once=at_once
+        )
+
+    return batch['video'] if 'video' in batch else decode(true), decode(drawn)

@@ -1,0 +1,82 @@
+"""The update of a stage as a program: its shapes and layouts, before any array exists.
+
+What runs, and what `compile_for` compiles for machines that are not here, is made here.
+"""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from cmd_jax.models import flops
+from cmd_jax.parallel.mesh import batch_sharding, replicated
+from cmd_jax.training import state as states
+from cmd_jax.training.stages import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The update of a stage.
+
+    Attributes:
+      stage: see `stages`.
+      graphdef: of the network.
+      abstract: shapes and layouts of the train state.
+      init: (key, start) -> initial state.
+      gradient: (params, frozen, batch, key, step) -> (gradient, metrics).
+      step: jitted (state, frozen, batch, key) -> (state, metrics); the state is donated.
+    """
+
+    stage: Stage
+    graphdef: nnx.GraphDef
+    abstract: states.TrainState
+    init: Callable
+    gradient: Callable
+    step: typing.Any
+
+    def flops(self, frozen: dict, batch: dict) -> float:
+        """Model FLOPs of an update: the trained network's forward pass three times, what the frozen
+        ones do once. LPIPS counts as part of the network; recomputation is not counted."""
+
+        def keys(batch):
+            return states.example_keys(jax.random.key(0), batch)
+
+        def forward(params, frozen, batch):
+            model = nnx.merge(self.graphdef, params)
+            return self.stage.loss(model, frozen, batch, keys(batch))[0]
+
+        def frozen_pass(frozen, batch):
+            return self.stage.frozen_pass(frozen, batch, keys(batch))
+
+        whole = flops.count(forward, self.abstract.params, frozen, batch).flops
+        fixed = flops.count(frozen_pass, frozen, batch).flops
+        return 3.0 * whole - 2.0 * fixed
+
+
+def make(stage: Stage) -> Program:
+    """The program of a stage; to be called with its mesh set."""
+    settings, tx = stage.train, states.optimizer(stage.train)
+    graphdef, abstract, init = states.prepare(stage.make_model, tx, stage.mesh)
+    about = dict(graphdef=graphdef, loss=stage.loss, accumulation=settings.accumulation)
+    step = jax.jit(
+        functools.partial(states.train_step, tx=tx, ema_decay=settings.ema_decay, **about),
+        donate_argnames='state',
+        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(stage.mesh)),
+    )
+    gradient = functools.partial(states.gradient, **about)
+    return Program(stage, graphdef, abstract, init, gradient, step)
+
+
+def abstract_batch(shapes: dict, mesh) -> dict:
+    """ShapeDtypeStructs of a batch, from {name: (shape, dtype)}."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.ShapeDtypeStruct(*x, sharding=sharding) for k, x in shapes.items()}
+
+
+def abstract_key(mesh) -> jax.ShapeDtypeStruct:
+    """The run's key."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct((), key.dtype, sharding=replicated(mesh))

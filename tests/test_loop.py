@@ -1,0 +1,137 @@
+"""What the loop moves between host and devices, and when it waits for them.
+
+The CPU backend guards transfers from host to device and between devices, not from device to host
+(there is nothing to move): what the host reads is counted instead.
+"""
+
+import contextlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from cmd_jax.training import config as configs
+from cmd_jax.training import loop, metrics
+from tests import tiny
+
+STEPS = 6
+
+
+def config(stage='autoencoder', **train):
+    tree = tiny.tree(stage)
+    for name in configs.STAGES:
+        tree[name]['train'].update(steps=STEPS, **train)
+    return configs.parse(tree)
+
+
+def host_batches(monkeypatch):
+    """Batches after the first one are left to the compiled step to move."""
+    put, calls = loop.put_batch, []
+
+    def put_batch(batch, mesh):
+        calls.append(1)
+        return put(batch, mesh) if len(calls) == 1 else batch
+
+    monkeypatch.setattr(loop, 'put_batch', put_batch)
+
+
+def test_implicit_transfer_fails(monkeypatch, tmp_path):
+    host_batches(monkeypatch)
+    with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+        loop.train(config(), tmp_path)
+
+
+def test_it_is_the_guard_that_fails_it(monkeypatch, tmp_path):
+    host_batches(monkeypatch)
+    monkeypatch.setattr(jax, 'transfer_guard', lambda level: contextlib.nullcontext())
+    loop.train(config(), tmp_path)
+    assert (tmp_path / 'autoencoder' / 'checkpoints' / str(STEPS)).exists()
+
+
+def test_nothing_but_batches_is_moved_to_the_devices(monkeypatch, tmp_path, capfd):
+    """Every transfer in the loop, explicit ones too, outside of saves and previews."""
+    guard = jax.transfer_guard
+
+    def logged(level):
+        return guard('log_explicit' if level == 'disallow' else level)
+
+    monkeypatch.setattr(jax, 'transfer_guard', logged)
+    settings = config('all')
+    batch = settings.autoencoder.train.batch_size // jax.device_count()
+    loop.train(settings, tmp_path)
+    lines = [line for line in capfd.readouterr().err.splitlines() if '-device transfer' in line]
+    found = [re.search(r'(\S+)-to-device transfer: aval=ShapedArray\((.*?)\),', x) for x in lines]
+    found = [x.groups() for x in found]
+    data = settings.data
+    clip = f'uint8[{batch},{data.frames},{data.height},{data.width},3]'
+    shares = {('host', clip), ('host', f'int32[{batch}]')}
+    assert set(found) == shares
+    times = len(configs.STAGES) * (STEPS - 1) * jax.device_count()
+    assert found.count(('host', clip)) == times
+    assert found.count(('host', f'int32[{batch}]')) == 2 * times, 'labels and places'
+
+
+class Scalar:
+    """In the place of a metric: notes that the host reads it."""
+
+    def __init__(self, value, read):
+        self.value, self.read = value, read
+
+    def __array__(self, *args, **kwargs):
+        self.read()
+        return np.asarray(self.value)
+
+
+def watched(monkeypatch):
+    """The list to which ('step', n) and (name of a metric read, n) are added."""
+    events, original = [], loop.compile_step
+
+    def compile_step(*args):
+        compiled, calls = original(*args), []
+
+        def step(*args):
+            state, scalars = compiled(*args)
+            calls.append(1)
+            n = len(calls)
+            events.append(('step', n))
+            read = {k: lambda k=k: events.append((k, n)) for k in scalars}
+            return state, {k: Scalar(v, read[k]) for k, v in scalars.items()}
+
+        return step
+
+    monkeypatch.setattr(loop, 'compile_step', compile_step)
+    return events
+
+
+def test_the_host_reads_one_number_a_step_and_one_step_late(monkeypatch, tmp_path):
+    """So that the devices always have the next step to go on with."""
+    events = watched(monkeypatch)
+    loop.train(config(log_every=4, max_nonfinite=10), tmp_path)
+    order = [event for event in events if event[0] in ('step', 'nonfinite')]
+    late = [('step', 1)]
+    for n in range(1, STEPS):
+        late += [('step', n + 1), ('nonfinite', n)]
+    late.append(('nonfinite', STEPS))
+    assert list(dict.fromkeys(order)) == late
+    told = [r['step'] for r in metrics.read(tmp_path / 'autoencoder' / 'metrics.jsonl')]
+    assert told == [1, 4, STEPS]
+    assert {n for name, n in events if name not in ('step', 'nonfinite')} == {*told}
+
+
+def test_what_may_be_the_last_skipped_update_is_waited_for(monkeypatch, tmp_path):
+    events = watched(monkeypatch)
+    loop.train(config(log_every=100, max_nonfinite=1), tmp_path)
+    order = [event for event in events if event[0] in ('step', 'nonfinite')]
+    at_once = [(name, n) for n in range(1, STEPS + 1) for name in ('step', 'nonfinite')]
+    assert list(dict.fromkeys(order)) == at_once
+
+
+@pytest.mark.parametrize('schedule, warmup', [('constant', 0), ('cosine', 2)])
+def test_learning_rates_that_are_told(schedule, warmup, tmp_path):
+    loop.train(config(schedule=schedule, warmup_steps=warmup, learning_rate=0.5), tmp_path)
+    records = metrics.read(tmp_path / 'autoencoder' / 'metrics.jsonl')
+    part = np.clip((np.arange(1, STEPS + 1) - warmup) / (STEPS - warmup), 0, 1)
+    rates = 0.25 * (1 + np.cos(np.pi * part)) if schedule == 'cosine' else np.full(STEPS, 0.5)
+    rates[:warmup] = 0.5 * np.arange(1, warmup + 1) / max(warmup, 1)
+    np.testing.assert_allclose([r['learning_rate'] for r in records], rates, rtol=1e-6, atol=1e-8)
