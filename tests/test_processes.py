@@ -15,8 +15,9 @@ import time
 import numpy as np
 import pytest
 
+from cmd_jax.data import latent_records
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop
+from cmd_jax.training import latent_cache, loop
 from tests import tiny
 from tests.test_distributed import clean, environment, free_port
 
@@ -281,7 +282,7 @@ def test_text(small_pipeline, tmp_path):
 def test_a_cache_of_latents(whole, tmp_path):
     """Made in two processes, and trained from."""
     one, two = tmp_path / 'one', tmp_path / 'two'
-    options = dict(batch_size=8, shard_clips=6)
+    options = dict(batch_size=8, shard_clips=6, limit=16)
     latent_cache.write(whole, one, {}, **options)
     command = ['-m', 'cmd_jax.data.latents', f'--workdir={whole}', f'--out={two}']
     command += [f'--{name}={value}' for name, value in options.items()]
