@@ -15,7 +15,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart text test lint format parity smoke benchmark clean
+.PHONY: help quickstart text test lint format parity smoke benchmark pods clean
 
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.stable_diffusion
 	$(BIN)/python -m benchmarks.data
+
+pods: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=2000:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+pods: $(STAMPS)/requirements-tpu-compile.txt  ## What training costs on TPU slices, by their compiler: an hour for all configs.
+	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.pods
 
 clean:  ## Removes .venv and every cache; runs/ stays.
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import config_flags
 
-from cmd_jax import cli
+from cmd_jax import atomic, cli
 from cmd_jax.errors import UserError, writable
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run: where train.py wrote')
@@ -104,7 +104,7 @@ def main():
     video.write(out / 'grid.mp4', grid, fps=FPS.value, scale=scale)
     video.write(out / 'grid.gif', grid, fps=FPS.value, scale=scale)
     video.write_image(out / 'frames.png', video.filmstrip(videos), scale=scale)
-    (out / 'samples.json').write_text(json.dumps(record, indent=2) + '\n')
+    atomic.write(out / 'samples.json', json.dumps(record, indent=2) + '\n')
     logging.info('%d videos in %s', len(videos), out)
 
 

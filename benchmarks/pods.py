@@ -4,9 +4,10 @@
     python -m benchmarks.pods
 
 Compiles the steps of the shipped configs for v5e:4x4, v5e:8x8, v5p:4x4x4 and v6e:8x8, and sampling
-at 512 x 1024 for one v5e, and writes results/pods.json and prints the table. A row that is
-there already is kept (--again: made anew). A step that does not fit is tried with its batch in more
-parts, 2, 4, 8, …, and the first that fits is told.
+at 512 x 1024 for one v5e; writes results/pods.json and prints the tables. A row that is there is
+kept (--again: made anew; --only=NAME: some of them). A step that does not fit is tried with its
+batch in more parts, 2, 4, 8, …, and the first that fits is told. `make pods` gives the compiler an
+allocator that suits it.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 
-from cmd_jax import cli
+from cmd_jax import atomic, cli
 from cmd_jax.parallel import compile_only
 from cmd_jax.training import compile_for, compile_sampler
 from cmd_jax.training import config as configs
@@ -33,6 +34,7 @@ SAMPLERS = (('text_to_video:sd21', 'v5e:1x1'), ('text_to_video:sd15', 'v5e:1x1')
 PARTS = 32  # most parts of a batch that are tried
 
 AGAIN = flags.DEFINE_bool('again', False, 'Make rows anew that are there already')
+ONLY = flags.DEFINE_string('only', '', 'Rows with this in their names, such as sd21,content')
 
 
 def shipped(name: str, arg: str) -> configs.Config:
@@ -69,7 +71,7 @@ def sampler_row(config: configs.Config, place: compile_only.Slice) -> dict:
 
 
 def table(rows: dict) -> str:
-    """The rows of training as Markdown."""
+    """The rows as Markdown: training, then sampling."""
     lines = [
         '| config | slice | mesh | batch | parts | state | peak | of | TFLOP a chip | collectives '
         '| step at 40 % | compiled in |',
@@ -90,16 +92,35 @@ def table(rows: dict) -> str:
             f'| {compile_for.gigabytes(row["cost"]["peak"])} '
             f'| {row["memory_bytes"] / 2**30:.0f} GiB '
             f'| {row["model_flops"] / row["chips"] / 1e12:.1f} '
-            f'| {compile_for.gigabytes(moved)} | {row["step_seconds"]:.2f} s '
+            f'| {compile_for.gigabytes(moved)} | {row["step_seconds"]:.2g} s '
             f'| {row["cost"]["seconds"]:.0f} s |'
+        )
+    lines += [
+        '',
+        '| sampling | slice | video | networks | peak | of | compiled in |',
+        '|---|---|---|---|---|---|---|',
+    ]
+    for key, row in rows.items():
+        if 'stage' in row:
+            continue
+        config, place = key.removeprefix('sampling ').split(' on ')
+        if not row['fits']:
+            lines.append(f'| {config} | {place} | | does not fit | | | |')
+            continue
+        seconds = sum(cost['seconds'] for cost in row['programs'].values())
+        lines.append(
+            f'| {config} | {place} | {" x ".join(map(str, row["size"]))} '
+            f'| {compile_for.gigabytes(row["weights_bytes"])} '
+            f'| {compile_for.gigabytes(row["peak"])} | {row["memory_bytes"] / 2**30:.0f} GiB '
+            f'| {seconds:.0f} s |'
         )
     return '\n'.join(lines)
 
 
 def main():
-    """Makes the rows that are missing, and prints the table."""
+    """Makes the rows that are missing, and prints the tables."""
     jax.config.update('jax_enable_compilation_cache', False)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() and not AGAIN.value else {}
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     work = [
         (f'{title} on {name}', train_row, arg, name) for title, *arg in CONFIGS for name in SLICES
     ]
@@ -108,13 +129,14 @@ def main():
         for title, name in SAMPLERS
     ]
     for key, make, (file, arg), name in work:
-        if key in rows:
+        if ONLY.value not in key or (key in rows and not AGAIN.value):
             continue
         logging.info('%s', key)
         if make is sampler_row:
             arg += ',all'
         rows[key] = make(shipped(file, arg), compile_only.find(name))
-        RESULTS.write_text(json.dumps(rows, indent=1) + '\n')
+        rows = {key: rows[key] for key, *_ in work if key in rows}
+        atomic.write(RESULTS, json.dumps(rows, indent=1) + '\n')
     print(table(rows))
 
 

@@ -4,7 +4,6 @@ Video is uint8 [t h w 3] in files and on screen, float [-1, 1] inside. Nothing h
 """
 
 import base64
-import contextlib
 import fractions
 import io
 import math
@@ -20,6 +19,7 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageSequence
 
+from cmd_jax import atomic
 from cmd_jax.errors import UserError
 
 Video = UInt8[np.ndarray, 't h w 3']
@@ -61,7 +61,7 @@ def write(path: str | os.PathLike, video: Video, fps: float = 8, scale: int = 1)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f'{path}: cannot write {path.suffix!r} video; use one of {SUFFIXES}')
     video = _enlarge(_checked(video, 4), scale)
-    with _replacing(path) as temporary:
+    with atomic.replacing(path) as temporary:
         if path.suffix.lower() == '.mp4':
             _write_mp4(temporary, video, fps)
         else:
@@ -75,7 +75,7 @@ def write_image(path: str | os.PathLike, image: Frame, scale: int = 1):
     if kind is None:
         raise UserError(f'{path}: unknown image format {path.suffix!r}; use .png')
     image = Image.fromarray(_enlarge(_checked(image, 3), scale))
-    with _replacing(path) as temporary:
+    with atomic.replacing(path) as temporary:
         image.save(temporary, format=kind)
 
 
@@ -188,22 +188,6 @@ def _checked(array, *ndims):
 
 def _enlarge(array, scale):
     return array if scale == 1 else array.repeat(scale, axis=-3).repeat(scale, axis=-2)
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    """Gives a temporary path in the folder of `path`; renames it only if the body succeeds."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as e:
-        reason = e.strerror or e
-        raise UserError(f'{path}: cannot be written ({reason}); choose another folder') from e
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _write_mp4(path, video, fps):

@@ -38,7 +38,7 @@ def test_sigterm_saves_and_ends_in_time(verdict):
 def test_differences_are_found(verdict, workdir, tmp_path):
     whole, other = workdir / 'reference' / run.STAGE, tmp_path / 'other'
     shutil.copytree(whole, other)
-    assert run.compare(whole, other, STEPS) == ([], [])
+    assert run.compare(whole, other, STEPS) == []
     (name, *_) = run.names(other / 'previews')
     for damage, found in (
         (lambda: change(other / 'metrics.jsonl', '"step": 3', '"step": 4'), 'metrics.jsonl'),
@@ -49,12 +49,12 @@ def test_differences_are_found(verdict, workdir, tmp_path):
         (lambda: (other / 'previews/x.partial').touch(), 'previews/x.partial is left over'),
     ):
         damage()
-        failures = run.compare(whole, other, STEPS)[0]
+        failures = run.compare(whole, other, STEPS)
         assert any(failure.startswith(found) for failure in failures), (found, failures)
     (other / 'previews' / name).unlink()
-    assert run.compare(whole, other, STEPS)[1] == [f'previews/{name} is missing']
+    assert f'previews/{name} is missing' in run.compare(whole, other, STEPS)
     (other / 'metrics.tmp').touch()
-    assert 'metrics.tmp' in run.compare(whole, other, STEPS)[0][0]
+    assert 'metrics.tmp' in run.compare(whole, other, STEPS)[0]
 
 
 def change(path, old, new):

@@ -159,6 +159,7 @@ def test_several_slices_and_one_chip():
     with pytest.raises(UserError, match='2 slices: mesh.data must be a multiple of 2'):
         meshes.make_mesh(data=1, devices=found.devices)
     assert len(compile_only.find('v5e:1x1').devices) == 1
+    assert len(compile_only.find('v4:2x2x2').devices) == 8, 'a device a chip, not a core'
 
 
 def test_no_compiler_is_one_line(monkeypatch):

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from cmd_jax.errors import UserError
-from cmd_jax.training import integrity
+from cmd_jax.training import integrity, loop
 from cmd_jax.training.checkpoint import Checkpoints
+from cmd_jax.training.metrics import Metrics
+from tests import tiny
 from tests.test_checkpoint import child, fill, make, names, prepare, restored
 
 
@@ -121,6 +123,20 @@ def test_a_defect_keeps_its_traceback(tmp_path, monkeypatch):
     fail_to_seal(monkeypatch, KeyError('defect'))
     with pytest.raises(KeyError, match='defect'):
         fill(tmp_path, 2)
+
+
+def test_a_run_whose_folder_goes_away_says_so(tmp_path, monkeypatch):
+    write = Metrics.write
+
+    def write_and_move(self, step, scalars):
+        write(self, step, scalars)
+        if step == 3:
+            # To delete what a save is writing to would fail.
+            (tmp_path / 'run').rename(tmp_path / 'gone')
+
+    monkeypatch.setattr(Metrics, 'write', write_and_move)
+    with pytest.raises(UserError, match='metrics.jsonl cannot be written .No such file'):
+        loop.train(tiny.config('autoencoder'), tmp_path / 'run')
 
 
 if __name__ == '__main__':

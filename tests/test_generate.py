@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +218,24 @@ def test_changed_config_is_shown(run, tmp_path):
     shutil.copytree(run / 'content', tmp_path / 'content')
     shutil.copytree(run / 'motion', tmp_path / 'motion')
     assert cmd_jax.load(tmp_path)([1]).shape == (1, 4, 16, 16, 3)
+
+
+@pytest.mark.parametrize('name', ['sample.py', 'evaluate.py'])
+def test_sigterm_ends_at_once(run, name, tmp_path):
+    # More than it gets to.
+    command = [sys.executable, name, f'--workdir={run}', f'--out={tmp_path / "out"}']
+    with subprocess.Popen([*command, '--num_videos=100000'], stderr=subprocess.PIPE) as started:
+        until = time.monotonic() + 120
+        while not (tmp_path / 'out').exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(1.0)
+        started.terminate()
+        begun = time.monotonic()
+        said = started.communicate(timeout=60)[1].decode()
+    assert started.returncode == 75, said[-2000:]
+    assert 'interrupted: SIGTERM' in said and 'Traceback' not in said, said[-2000:]
+    assert time.monotonic() - begun < 15
+    assert not list((tmp_path / 'out').iterdir()), 'nothing is half done'
 
 
 def test_stages_must_agree_on_the_autoencoder(run):

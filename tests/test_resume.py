@@ -36,6 +36,17 @@ def whole(tmp_path_factory):
     return workdir
 
 
+def test_a_lost_preview_is_made_again(whole, tmp_path):
+    shutil.copytree(whole / 'autoencoder', tmp_path / 'autoencoder')
+    folder = tmp_path / 'autoencoder' / 'previews'
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    # Of a process that was killed while it wrote the one and had not begun with the other.
+    (folder / '0000006.png').unlink()
+    (folder / '0000006.mp4').rename(folder / '0000006.mp4.123.tmp')
+    train(tmp_path, 'autoencoder')
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize('stage', STAGES)
 def test_resume_is_exact(whole, stage, tmp_path):
     if stage != 'autoencoder':

@@ -12,6 +12,7 @@ import posixpath
 import fsspec
 from absl import logging
 
+from cmd_jax import atomic
 from cmd_jax.errors import UserError
 
 
@@ -82,14 +83,7 @@ def write(path: str, content: bytes):
         with told(path), fsspec.open(path, 'wb') as f:  # stores show a file when it is closed
             f.write(content)
         return
-    try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        temporary = f'{path}.{os.getpid()}.tmp'
-        with open(temporary, 'wb') as f:
-            f.write(content)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f'{path} cannot be written ({e.strerror}): choose another folder') from e
+    atomic.write(path, content)
 
 
 def names(folder: str, suffix: str) -> list[str]:
@@ -121,10 +115,8 @@ def local(path: str) -> str:
         files = system(path)
         if not os.path.exists(target) or os.path.getsize(target) != files.size(path):
             logging.info('copying %s (%.2f GB) to %s', path, files.size(path) / 1e9, target)
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            temporary = f'{target}.{os.getpid()}.tmp'
-            files.get_file(path, temporary)
-            os.replace(temporary, target)
+            with atomic.replacing(target) as temporary:
+                files.get_file(path, str(temporary))
     return target
 
 

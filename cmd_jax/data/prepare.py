@@ -31,7 +31,7 @@ from concurrent import futures
 
 from absl import app, flags, logging
 
-from cmd_jax import cli
+from cmd_jax import atomic, cli
 from cmd_jax.data import clips, files, records, shards
 from cmd_jax.data.clip_options import SHORT
 from cmd_jax.data.shards import Settings, Videos
@@ -41,7 +41,6 @@ from cmd_jax.errors import UserError, writable
 
 SKIPPED = 'skipped.csv'
 MAX_SHARDS = 99_999  # their names have five digits
-TEMPORARY = re.compile(r'.+\.(array_record|json|csv)\.\d+\.tmp')  # names of unfinished files
 PROGRESS = 30.0  # seconds between two lines in the log
 
 
@@ -240,10 +239,8 @@ def finish(settings: Settings, out: str, videos: Videos, numbers: dict[str, int]
     files.write(files.join(out, SKIPPED), table.getvalue().encode())
     check(settings, skipped, splits, max_bad)
     if not files.is_url(out):
-        # What processes left that were killed.
         for folder in (out, files.join(out, records.PARTS)):
-            for name in filter(TEMPORARY.fullmatch, files.names(folder, '.tmp')):
-                os.remove(files.join(folder, name))
+            atomic.clear(folder)
     frames, fps = spans['frames'], spans['fps']
     header = {
         'format': records.VIDEOS,

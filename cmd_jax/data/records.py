@@ -9,10 +9,10 @@ safetensors format; its text is UTF-8 in a uint8 array. Records of videos (`Reco
     caption, file    text
 """
 
+import contextlib
 import dataclasses
 import io
 import json
-import os
 import re
 import typing
 from collections.abc import Iterable
@@ -23,6 +23,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from cmd_jax import atomic
 from cmd_jax.data import clips, files
 from cmd_jax.data.clip_options import ClipOptions, VideoInfo
 from cmd_jax.data.videos import log_once
@@ -84,18 +85,12 @@ def write_shard(path: str, records: Iterable[bytes]) -> int:
 
     Returns the number of its records.
     """
-    temporary, count = f'{path}.{os.getpid()}.tmp', 0
-    writer = ArrayRecordWriter(temporary, WRITER_OPTIONS)
-    try:
-        for record in records:
-            writer.write(record)
-            count += 1
-    except BaseException:
-        writer.close()
-        os.remove(temporary)
-        raise
-    writer.close()
-    os.replace(temporary, path)
+    count = 0
+    with atomic.replacing(path) as temporary:
+        with contextlib.closing(ArrayRecordWriter(str(temporary), WRITER_OPTIONS)) as writer:
+            for record in records:
+                writer.write(record)
+                count += 1
     return count
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from cmd_jax import atomic
 from cmd_jax.errors import writable
 
 
@@ -157,10 +158,8 @@ def write(
         for name, value in numbers.items()
     }
     folder = writable('out', folder)
-    (folder / 'report.json').write_text(
-        json.dumps(finite, indent=2, allow_nan=False) + '\n', encoding='utf-8'
-    )
-    (folder / 'report.html').write_text(page, encoding='utf-8')
+    atomic.write(folder / 'report.json', json.dumps(finite, indent=2, allow_nan=False) + '\n')
+    atomic.write(folder / 'report.html', page)
     return folder / 'report.html'
 
 

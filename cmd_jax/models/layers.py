@@ -141,12 +141,12 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rn
     return make(rngs)
 
 
-def gathered(block: nnx.Module, keep: tuple[str, ...]) -> nnx.Module:
-    """A block whose linear layers have their parameters in what they compute in, and gathered over
-    all mesh axes but those kept (`parallel.mesh.gather`)."""
+def gathered(block: nnx.Module, keep: tuple[str, ...] = ('tensor',)) -> nnx.Module:
+    """A block whose linear layers and convolutions have their parameters in what they compute in,
+    and gathered over all mesh axes but those kept (`parallel.mesh.gather`)."""
     block = nnx.merge(*nnx.split(block))
     for path, module in nnx.iter_modules(block):
-        if not isinstance(module, nnx.Linear):
+        if not isinstance(module, nnx.Linear | nnx.Conv):
             continue
         for name in ('kernel', 'bias'):
             param = getattr(module, name)

@@ -46,6 +46,7 @@ UTILISATION = 0.4  # of the peak, for the step time that is told
 QUICK = {
     'exec_time_optimization_effort': -1.0,
     'xla_tpu_enable_async_collective_fusion': 'false',
+    'xla_jf_convolution_performance_target': '0',
 }
 
 
@@ -85,6 +86,7 @@ def find(name: str) -> Slice:
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
     # No TPU is taken: several processes may compile.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')
+    os.environ.setdefault('LIBTPU_INIT_ARGS', '--xla_tpu_impure_hlo_parallel_compile=true')
     try:
         import libtpu  # noqa: F401
     except ImportError as e:
@@ -94,6 +96,9 @@ def find(name: str) -> Slice:
     from jax.experimental import topologies
 
     options = {'num_slices': slices} if slices > 1 else {}
+    if kind == 'v4':
+        # A chip's two cores are one device, as on the machine itself.
+        options['chip_config_name'] = 'megacore'
     if set(shape) <= {'1', 'x'}:
         options['chips_per_host_bounds'] = [1, 1, 1]
     try:

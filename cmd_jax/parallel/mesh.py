@@ -176,6 +176,8 @@ def gather(x: jax.Array, path: str, keep: tuple[str, ...]) -> jax.Array:
         return x
     spec = _spec(path, x.shape, mesh)
     kept = P(*(axis if axis in keep else None for axis in spec))
+    # Split here first, or what is sent may be what x was cast from.
+    x = jax.lax.with_sharding_constraint(x, spec)
     return jax.lax.with_sharding_constraint(x, kept)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,8 @@ class StableDiffusion:
 
     @functools.cached_property
     def tokenizer(self):
-        # Its import takes seconds.
+        # Or every process would say that there is no PyTorch. The import takes seconds.
+        os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
         from transformers import CLIPTokenizer
 
         for path in (self.folder / 'tokenizer', self.folder):

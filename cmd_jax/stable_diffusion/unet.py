@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from cmd_jax.errors import UserError
 from cmd_jax.models.dit import timestep_features
-from cmd_jax.models.layers import gelu, linear
+from cmd_jax.models.layers import gathered, gelu, linear
 from cmd_jax.parallel.mesh import shard
 from cmd_jax.stable_diffusion.layers import (
     Attention,
@@ -142,8 +142,8 @@ class Level(nnx.Module):
         self.upsamplers = nnx.List([Upsample(last, **kwargs)] if up else [])
 
     def layer(self, i: int, x, time, text):
-        x = self.resnets[i](x, time)
-        return self.attentions[i](x, text) if self.attentions else x
+        x = gathered(self.resnets[i])(x, time)
+        return gathered(self.attentions[i])(x, text) if self.attentions else x
 
 
 class Middle(nnx.Module):
@@ -154,8 +154,9 @@ class Middle(nnx.Module):
         self.attentions = nnx.List([make_attention(dim)])
 
     def __call__(self, x, time, text):
-        x = self.resnets[0](x, time)
-        return self.resnets[1](self.attentions[0](x, text), time)
+        x = gathered(self.resnets[0])(x, time)
+        x = gathered(self.attentions[0])(x, text)
+        return gathered(self.resnets[1])(x, time)
 
 
 class UNet(nnx.Module):
@@ -262,7 +263,7 @@ class UNet(nnx.Module):
                 x = run(level, i, x)
                 skips.append(x)
             for downsample in level.downsamplers:
-                x = downsample(x)
+                x = gathered(downsample)(x)
                 skips.append(x)
         x = self.mid_block(x, time, text)
         for level in self.up_blocks:
@@ -270,6 +271,6 @@ class UNet(nnx.Module):
                 x = run(level, i, jnp.concatenate([x, skips.pop()], axis=-1))
             for upsample in level.upsamplers:
                 # The size of what comes next, which is odd where a halving was rounded up.
-                x = upsample(x, skips[-1].shape[1:3])
+                x = gathered(upsample)(x, skips[-1].shape[1:3])
         x = nnx.silu(self.conv_norm_out(x))
         return self.conv_out(x.astype(jnp.float32))

@@ -10,12 +10,8 @@ is there until then: a save that was cut short is no damage, and is deleted by t
 import contextlib
 import dataclasses
 import errno
-import functools
-import logging as python_logging
-import os
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,8 +23,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from cmd_jax.errors import UserError
+from cmd_jax.parallel.distributed import any_process
 from cmd_jax.parallel.mesh import path_name
-from cmd_jax.training import integrity
+from cmd_jax.training import disk_errors, integrity
 from cmd_jax.training.state import TrainState
 
 HANDLERS = {
@@ -38,10 +35,6 @@ HANDLERS = {
 }
 UNKNOWN = object()
 OTHERS_SECONDS = 1200.0  # that process 0 waits for the others to hash their files
-# TensorStore's errors have no type of their own: "OUT_OF_RANGE: Error writing "x" in OCDBT database
-# at local file "/run/...": File too large [os_error_code='27']".
-OS_CODE = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
-STATUS = re.compile(r'([A-Z]+(?:_[A-Z]+)*): (?=.*local file)', re.DOTALL)
 
 
 class Checkpoints:
@@ -248,7 +241,7 @@ class Checkpoints:
                 break
             for step in new:
                 path = self.folder / str(step)
-                if _in_any_process(integrity.interrupted(path)):
+                if any_process(integrity.interrupted(path)):
                     faults[step] = 'its saving was interrupted, or is still under way'
                 else:
                     fault = integrity.fault(
@@ -258,7 +251,7 @@ class Checkpoints:
                         jax.process_index(),
                         jax.process_count(),
                     )
-                    if not _in_any_process(fault is not None):
+                    if not any_process(fault is not None):
                         return step
                     faults[step] = fault or 'another process found a fault'
                     damaged.append(step)
@@ -292,7 +285,7 @@ class Checkpoints:
 
         Only now: a reader opens the folder, too, while training writes to it.
         """
-        _hush()
+        disk_errors.hush()
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             for step in self._steps():
@@ -336,7 +329,7 @@ class Checkpoints:
                     logging.warning('checkpoint %s cannot be deleted (%s)', path, e.strerror)
 
     def _fail(self, step: int, error: BaseException):
-        reason = _reason(error)
+        reason = disk_errors.reason(error)
         if reason is None:  # a defect, or told already
             self._failure = error
             return
@@ -369,17 +362,6 @@ def _items(state: TrainState, statistics: dict | None) -> tuple[dict, dict]:
     return train, {'ema': train.pop('ema')} | ({'statistics': statistics} if statistics else {})
 
 
-def _reason(error: BaseException) -> str | None:
-    """In a few words, why the disk refused; None: it is not the disk's."""
-    if match := OS_CODE.search(str(error)):
-        return os.strerror(int(match[1] or match[2]))
-    if match := STATUS.match(str(error)):
-        return match[1].lower().replace('_', ' ')
-    if isinstance(error, OSError):
-        return error.strerror or str(error).splitlines()[0]
-    return None
-
-
 def _move_aside(path: Path):
     number, target = 0, path.with_name(f'{path.name}.broken')
     while target.exists():
@@ -389,39 +371,9 @@ def _move_aside(path: Path):
     logging.warning('checkpoint %s, which was passed over, is now %s', path, target.name)
 
 
-@functools.cache
-def _hush():
-    """No more tracebacks of failures that Orbax and TensorStore print and raise, too.
-
-    For the rest of the process: their threads go on, and go on to fail, after a save has failed.
-    """
-
-    def is_news(record: python_logging.LogRecord) -> bool:
-        if not record.exc_info:
-            return True
-        error = str(record.exc_info[1])
-        of_orbax = f'{os.sep}orbax{os.sep}' in record.pathname
-        return not (of_orbax or OS_CODE.search(error) or STATUS.match(error))
-
-    def hook(unraisable):
-        # TensorStore's threads, after another one's write has failed.
-        if str(unraisable.exc_value) != 'Event loop is closed':
-            before(unraisable)
-
-    before, sys.unraisablehook = sys.unraisablehook, hook
-    for name in ('absl', 'asyncio'):
-        python_logging.getLogger(name).addFilter(is_news)
-
-
 def _of_process_0(steps: list[int]) -> list[int]:
     if jax.process_count() == 1:
         return steps
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
     padded = np.resize(np.array(steps or [0], np.int32), count)
     return [int(step) for step in multihost_utils.broadcast_one_to_all(padded)]
-
-
-def _in_any_process(value: bool) -> bool:
-    if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.process_allgather(np.bool_(value)).any())

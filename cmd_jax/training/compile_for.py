@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
+from cmd_jax import atomic
 from cmd_jax.parallel import compile_only
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.training import config as configs
@@ -146,7 +147,7 @@ def run(
             reports.append(report)
     if out:
         rows = [dataclasses.asdict(report) | {'fits': report.fits} for report in reports]
-        Path(out).write_text(json.dumps(rows, indent=1) + '\n')
+        atomic.write(out, json.dumps(rows, indent=1) + '\n')
     return reports
 
 
@@ -214,38 +215,29 @@ def largest_batch(
     """The largest batch that fits, a multiple of the config's parts and of the chips that its batch
     is split over; 0 where not even the smallest one does.
 
-    Memory grows linearly with the batch: from two sizes a third is guessed, and compiled; what does
-    not fit is halved towards what does.
+    Memory grows about linearly with the batch: what two sizes need tells which one to try next.
     """
     unit = report.accumulation * report.mesh['data'] * report.mesh['fsdp']
-    sizes = {k: v for k, v in report.mesh.items()}
+    mesh, room = configs.Mesh(**report.mesh), place.chip.memory
 
-    def peak(units: int) -> float:
-        train = dataclasses.replace(getattr(config, name).train, batch_size=units * unit)
+    def needed(found: Report) -> float:
+        return found.cost.peak if found.cost else max(found.needed or math.inf, room + 1)
+
+    known = {report.batch_size // unit: needed(report)}
+    while True:
+        low = max((n for n, x in known.items() if x <= room), default=0)
+        high = min((n for n, x in known.items() if x > room), default=None)
+        if high is not None and high - low <= 1:
+            return low * unit
+        guess = 2 * low if high is None else (low + high) // 2
+        finite = sorted((abs(x - room), n, x) for n, x in known.items() if x < math.inf)[:2]
+        # Where it is not linear, halving comes to an end sooner.
+        if len(finite) == 2 and finite[0][2] != finite[1][2] and (high is None or len(known) < 5):
+            (_, a, x), (_, b, y) = finite
+            guess = a + math.floor((room - x) * (b - a) / (y - x))
+        guess = max(guess, low + 1)
+        guess = guess if high is None else min(guess, high - 1)
+        train = dataclasses.replace(getattr(config, name).train, batch_size=guess * unit)
         section = dataclasses.replace(getattr(config, name), train=train)
-        changed = dataclasses.replace(config, **{name: section, 'mesh': configs.Mesh(**sizes)})
-        found = measure(name, changed, place, search)
-        return found.cost.peak if found.cost else math.inf
-
-    known = {report.batch_size // unit: report.cost.peak if report.cost else math.inf}
-    room = place.chip.memory
-
-    def fitting() -> int:
-        return max((n for n, x in known.items() if x <= room), default=0)
-
-    def failing() -> int | None:
-        return min((n for n, x in known.items() if x > room), default=None)
-
-    while failing() is None or failing() - fitting() > 1:
-        low, high = fitting(), failing()
-        measured = sorted((n, x) for n, x in known.items() if x < math.inf)
-        if high is None and len(measured) > 1:
-            (a, x), (b, y) = measured[-2:]
-            guess = b + int((room - y) / max((y - x) / (b - a), 1.0))
-            guess = max(guess, low + 1)
-        elif high is None:
-            guess = 2 * low
-        else:
-            guess = (low + high) // 2
-        known[guess] = peak(guess)
-    return fitting() * unit
+        changed = dataclasses.replace(config, **{name: section, 'mesh': mesh})
+        known[guess] = needed(measure(name, changed, place, search))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cmd_jax import sampling, stable_diffusion
+from cmd_jax import atomic, sampling, stable_diffusion
 from cmd_jax.errors import UserError
 from cmd_jax.parallel import compile_only
 from cmd_jax.parallel.mesh import batch_sharding, batch_ways, make_mesh, replicated
@@ -104,7 +104,7 @@ def run(
         print(reports[-1].lines(), flush=True)
     if out:
         rows = [dataclasses.asdict(r) | {'fits': r.fits, 'peak': r.peak} for r in reports]
-        Path(out).write_text(json.dumps(rows, indent=1) + '\n')
+        atomic.write(out, json.dumps(rows, indent=1) + '\n')
     return reports
 
 

@@ -12,6 +12,7 @@ import types
 import typing
 from pathlib import Path
 
+from cmd_jax import atomic
 from cmd_jax.data.clip_options import CROPS, PLACES, SHORT
 from cmd_jax.data.sources import SOURCES
 from cmd_jax.diffusion.process import PREDICTIONS, SCHEDULES
@@ -381,15 +382,7 @@ def differences(stage: str, stored: Config, given: Config) -> list[str]:
 
 
 def save(config: Config, path: Path):
-    write(path, json.dumps(dataclasses.asdict(config), indent=2) + '\n')
-
-
-def write(path: Path, text: str):
-    """Writes a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + '.tmp')
-    new.write_text(text)
-    new.replace(path)
+    atomic.write(path, json.dumps(dataclasses.asdict(config), indent=2) + '\n')
 
 
 def load(path: Path) -> Config:

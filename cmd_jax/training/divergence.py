@@ -27,7 +27,7 @@ import safetensors
 import safetensors.numpy
 from absl import flags
 
-from cmd_jax import cli
+from cmd_jax import atomic, cli
 from cmd_jax.errors import UserError
 from cmd_jax.parallel.distributed import barrier, is_main
 from cmd_jax.parallel.mesh import batch_sharding, make_mesh, path_name, replicated
@@ -95,8 +95,8 @@ def dump(
             contiguous = {name: np.ascontiguousarray(x) for name, x in weights.items()}
             safetensors.numpy.save_file(contiguous, where / 'params.safetensors')
             np.savez(where / 'inputs.npz', **inputs)
-            configs.write(where / 'report.json', json.dumps(report, indent=1) + '\n')
-        except (OSError, safetensors.SafetensorError) as e:
+            atomic.write(where / 'report.json', json.dumps(report, indent=1) + '\n')
+        except (OSError, UserError, safetensors.SafetensorError) as e:
             raise UserError(
                 f'{made.stage.name} diverged at step {step} ({layers_told(report)}), and {where}, '
                 f'from which it could be run again, cannot be written ({one_line(e)})'

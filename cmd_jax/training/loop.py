@@ -10,6 +10,7 @@ from absl import logging
 from clu import parameter_overview
 from flax import nnx
 
+from cmd_jax import atomic
 from cmd_jax.data import pipeline
 from cmd_jax.errors import UserError, writable
 from cmd_jax.parallel.distributed import barrier, is_main
@@ -78,7 +79,7 @@ def train_stage(
 ):
     """Trains one stage to its last step; resumes from its newest checkpoint, bit for bit."""
     started = time.time()
-    folder = workdir / name
+    folder, main = workdir / name, is_main()
     with contextlib.ExitStack() as stack:
         # Until there is more to save than was read, a request to stop ends it at once.
         with deferred.at_once():
@@ -110,27 +111,37 @@ def train_stage(
                             config.stable_diffusion.frames_at_once,
                             mesh,
                         )
-            if is_main():
+            if main:
                 # From here on the folder is this run's.
+                atomic.clear(folder)
                 configs.save(config, folder / 'config.json')
                 trained.save_inputs(folder, data.class_names, given.autoencoder_step)
             networks = given.networks | ({'statistics': statistics} if statistics else {})
             step = int(state.step)
+
+            def preview(step, state):
+                model, clips = nnx.merge(made.graphdef, state.ema), given.inputs(data.clips)
+                out = previews.make(stage.preview, model, networks, clips, mesh)
+                if main:
+                    previews.write(folder / 'previews', step, *out)
+
+            # The process before may have ended between the step's saving and its preview.
+            if previews.due(step, settings) and previews.missing(folder / 'previews', step):
+                preview(step, state)
             if step >= settings.steps:
                 logging.info('%s: trained already (%d steps)', name, step)
                 return
             batch = put_batch(given.inputs(next(batches)), mesh)
             counted = made.flops(networks, batch)
             compiled = compile_step(made, state, networks, batch, key, counted)
-        if dump_hlo and is_main():
-            (folder / 'step.hlo.txt').write_text(compiled.as_text())
-        main, profile = is_main(), profile and is_main()
         if main:
+            if dump_hlo:
+                atomic.write(folder / 'step.hlo.txt', compiled.as_text())
             metrics = Metrics(folder, step, config.tensorboard, started)
             stack.enter_context(contextlib.closing(metrics))
             progress = Progress(name, step, settings.steps, settings.batch_size, counted)
             stack.enter_context(contextlib.closing(progress))
-        if profile:
+        if main and profile:
             trace = stack.enter_context(Trace(folder / 'profile', step))
 
         def settle(step, scalars, batch):
@@ -159,7 +170,7 @@ def train_stage(
         while step < settings.steps:
             state, scalars = compiled(state, networks, batch, key)
             step += 1
-            if profile:
+            if main and profile:
                 trace.update(step, scalars)
             # The device works on this step while the host looks at the one before.
             if before is not None:
@@ -168,7 +179,7 @@ def train_stage(
             checkpoints.check()
             last, stop = step == settings.steps, deferred.reached()
             save = step % settings.save_every == 0 or last or stop
-            look = last or (settings.preview_every and step % settings.preview_every == 0)
+            look = previews.due(step, settings)
             # What the metrics tell is never behind what is saved; and after what may be the last
             # skipped update allowed, no other one changes the parameters that a dump needs.
             if save or look or nonfinite + 1 >= settings.max_nonfinite:
@@ -178,11 +189,7 @@ def train_stage(
                 if save:
                     checkpoints.save(state, statistics, batches.position)
                 if look and not stop:
-                    model = nnx.merge(made.graphdef, state.ema)
-                    clips = given.inputs(data.clips)
-                    out = previews.make(stage.preview, model, networks, clips, mesh)
-                    if is_main():
-                        previews.write(folder / 'previews', step, *out)
+                    preview(step, state)
             if stop:
                 checkpoints.wait()
                 raise deferred.interrupted(f'{name} saved at step {step}')

@@ -9,6 +9,8 @@ import jax
 from absl import logging
 from tqdm import tqdm
 
+from cmd_jax import atomic
+from cmd_jax.errors import UserError
 from cmd_jax.memory import peak_memory_gb
 
 # Dense bfloat16 peak of one chip in FLOP/s, from the vendors' data sheets.
@@ -54,9 +56,7 @@ class Metrics:
     def __init__(self, folder: Path, step: int, tensorboard: bool, started: float):
         self.path = Path(folder) / 'metrics.jsonl'
         kept = [record for record in read(self.path) if record['step'] <= step]
-        new = self.path.with_suffix('.tmp')
-        new.write_text(''.join(json.dumps(record) + '\n' for record in kept))
-        new.replace(self.path)
+        atomic.write(self.path, ''.join(json.dumps(record) + '\n' for record in kept))
         self.seconds_before = kept[-1]['seconds'] if kept else 0.0
         self.started = started
         self.writer = None
@@ -64,13 +64,23 @@ class Metrics:
             self.writer = tensorboard_writer(folder)
 
     def write(self, step: int, scalars: dict[str, float]):
-        """Adds `seconds` (wall-clock time in this stage, over all its processes), `memory_gb`."""
+        """Adds `seconds` (wall-clock time in this stage, over all its processes), `memory_gb`.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
         seconds = self.seconds_before + time.time() - self.started
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         cost = {'seconds': round(seconds, 3), 'memory_gb': round(peak_memory_gb(), 3)}
         record = {'step': step} | finite | cost
-        with self.path.open('a') as f:
-            f.write(json.dumps(record) + '\n')
+        try:
+            with self.path.open('a') as f:
+                f.write(json.dumps(record) + '\n')
+        except OSError as e:
+            raise UserError(
+                f'{self.path} cannot be written ({e.strerror}): make room or mend the folder, and '
+                'start again'
+            ) from e
         if self.writer is not None:
             self.writer.write_scalars(step, scalars)
 

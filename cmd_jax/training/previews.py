@@ -11,15 +11,31 @@ import jax
 import numpy as np
 from einops import repeat
 
-from cmd_jax import sampling
+from cmd_jax import atomic, sampling
 from cmd_jax import video as videos
 from cmd_jax.data.clips import Skipped
 from cmd_jax.errors import UserError
+from cmd_jax.parallel.distributed import any_process, is_main
 from cmd_jax.parallel.mesh import batch_sharding, batch_ways
 from cmd_jax.parallel.placement import fetch, put
+from cmd_jax.training import config as configs
 from cmd_jax.training import losses
 
 PREVIEWS = 8
+
+
+def due(step: int, settings: configs.Train) -> bool:
+    """Whether a step is one that has a preview."""
+    every = settings.preview_every
+    return step == settings.steps or bool(step and every and step % every == 0)
+
+
+def missing(folder: Path, step: int) -> bool:
+    """Whether a step's preview is not there, or not whole; all processes are told the same. What
+    killed processes have left in the folder is deleted."""
+    if is_main():
+        atomic.clear(folder)
+    return any_process(is_main() and not (folder / f'{step:07d}.png').exists())
 
 
 def make(preview, model, frozen: dict, batch: dict, mesh) -> tuple[np.ndarray, int]:
@@ -43,8 +59,9 @@ def write(folder: Path, step: int, out: np.ndarray, together: int):
         image = videos.grid(out, columns=2 * together)[0]
         videos.write_image(folder / f'{step:07d}.png', image, scale=scale)
         return
-    videos.write_image(folder / f'{step:07d}.png', videos.filmstrip(out), scale=scale)
+    # The image last: with it, the preview is whole.
     videos.write(folder / f'{step:07d}.mp4', videos.grid(out, columns=2 * together), scale=scale)
+    videos.write_image(folder / f'{step:07d}.png', videos.filmstrip(out), scale=scale)
 
 
 def clips(source) -> dict[str, np.ndarray]:

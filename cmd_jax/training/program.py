@@ -65,9 +65,19 @@ def make(stage: Stage) -> Program:
         functools.partial(states.train_step, tx=tx, ema_decay=settings.ema_decay, **about),
         donate_argnames='state',
         out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(stage.mesh)),
+        compiler_options=compiler_options(stage.mesh),
     )
     gradient = functools.partial(states.gradient, **about)
     return Program(stage, graphdef, abstract, init, gradient, step)
+
+
+def compiler_options(mesh) -> dict[str, str]:
+    """Of steps for the devices of a mesh."""
+    if mesh.devices.flat[0].platform != 'tpu':
+        return {}
+    # Or the TPU compiler would multiply with one chip's part of a kernel at a time while the next
+    # one is on its way, and go through the whole activation with each.
+    return {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
 
 
 def abstract_batch(shapes: dict, mesh) -> dict:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cmd_jax import atomic
 from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import param_sharding, path_name, replicated
 from cmd_jax.parallel.placement import fetch
@@ -61,7 +62,7 @@ def check_inputs(folder: Path, class_names: list[str], autoencoder_step: int | N
 
 def save_inputs(folder: Path, class_names: list[str], autoencoder_step: int | None):
     inputs = {'class_names': class_names, 'autoencoder_step': autoencoder_step}
-    configs.write(folder / 'inputs.json', json.dumps(inputs) + '\n')
+    atomic.write(folder / 'inputs.json', json.dumps(inputs) + '\n')
 
 
 def load(

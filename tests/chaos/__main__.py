@@ -41,7 +41,8 @@ with tempfile.TemporaryDirectory(prefix='cmd_jax_chaos_') as temporary:
 print(f'{sum(verdict.tally.values())} kills in {time.monotonic() - begin:.0f} s:')
 for where, count in sorted(verdict.tally.items(), key=lambda x: -x[1]):
     print(f'{count:5d}  {where}')
-failures = verdict.failures + [f'SIGTERM: {x}' for x in verdict.sigterm or []]
+sigterm = ['no process was there for it'] if verdict.sigterm is None else verdict.sigterm
+failures = verdict.failures + [f'SIGTERM: {x}' for x in sigterm]
 for note in verdict.notes:
     print('note:', note)
 for failure in failures:
