@@ -27,6 +27,8 @@ _NUM_VIDEOS = flags.DEFINE_integer(
 )
 _OUT = flags.DEFINE_string('out', None, 'Folder of the report; the run itself if not given.')
 
+cli.compilation_cache_flag()
+
 
 def main():
     """Loads the run, measures it, writes the page and prints what it says."""

@@ -43,8 +43,13 @@ COMPILE_FOR = flags.DEFINE_list(
     None,
     'Only compile, for TPU slices such as v5e:1x1,v5e:2x2, and tell what --num_videos cost there',
 )
+COMPILER_SEARCH = flags.DEFINE_bool(
+    'compiler_search', False, 'With --compile_for: with the search for the fastest program'
+)
 COMPILE_REPORT = flags.DEFINE_string('compile_report', None, 'With --compile_for: a JSON file')
 FPS = flags.DEFINE_integer('fps', 8, 'Frames per second of the files', lower_bound=1)
+
+cli.compilation_cache_flag()
 
 
 def main():
@@ -112,6 +117,7 @@ def compile_only():
     """Tells what sampling costs on machines that are not here."""
     from cmd_jax.training import compile_sampler, config
 
+    classes = None
     if CONFIG.value is not None:
         found = config.parse(CONFIG.value.to_dict())
     elif WORKDIR.value:
@@ -119,9 +125,17 @@ def compile_only():
         if not path.exists():
             raise UserError(f'--workdir={WORKDIR.value} has no motion stage: or give --config')
         found = config.load(path)
+        classes = len(json.loads((path.parent / 'inputs.json').read_text())['class_names'])
     else:
         raise UserError('--compile_for needs --config=configs/NAME.py:all or a --workdir')
-    compile_sampler.run(found, COMPILE_FOR.value, NUM_VIDEOS.value or 1, out=COMPILE_REPORT.value)
+    compile_sampler.run(
+        found,
+        COMPILE_FOR.value,
+        NUM_VIDEOS.value or 1,
+        classes=classes,
+        search=COMPILER_SEARCH.value,
+        out=COMPILE_REPORT.value,
+    )
 
 
 def drawn(generator) -> list[dict]:

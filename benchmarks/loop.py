@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from benchmarks.timing import machine
+from cmd_jax import atomic
 from cmd_jax.training import config as configs
 from cmd_jax.training import loop
 from configs import quickstart
@@ -147,10 +148,8 @@ def main(_):
     for found in rows:
         print(line(found))
     if OUT.value:
-        os.makedirs(os.path.dirname(OUT.value) or '.', exist_ok=True)
-        with open(OUT.value, 'w') as f:
-            json.dump({'rows': rows, 'load_before': load} | machine(), f, indent=2)
-            f.write('\n')
+        found = {'rows': rows, 'load_before': load} | machine()
+        atomic.write(OUT.value, json.dumps(found, indent=2) + '\n')
 
 
 def line(found: dict) -> str:

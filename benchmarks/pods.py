@@ -52,12 +52,7 @@ def train_row(config: configs.Config, place: compile_only.Slice) -> dict:
         parts = 2 * section.train.accumulation
         unit = parts * report.mesh['data'] * report.mesh['fsdp']
         if report.fits or parts > PARTS or section.train.batch_size % unit:
-            found = dataclasses.asdict(report)
-            return found | {
-                'fits': report.fits,
-                'step_seconds': report.step_seconds,
-                'intensity': report.intensity if report.cost else None,
-            }
+            return report.row()
         train = dataclasses.replace(section.train, accumulation=parts)
         section = dataclasses.replace(section, train=train)
         config = dataclasses.replace(config, **{stage: section})
@@ -67,7 +62,7 @@ def sampler_row(config: configs.Config, place: compile_only.Slice) -> dict:
     """The cost of one video."""
     report = compile_sampler.measure(config, place, 1)
     print(report.lines(), flush=True)
-    return dataclasses.asdict(report) | {'fits': report.fits, 'peak': report.peak}
+    return report.row()
 
 
 def table(rows: dict) -> str:

@@ -8,7 +8,9 @@ processes, one that fails ends the others.
 import difflib
 import logging as stdlogging
 import runpy
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -31,13 +33,17 @@ def run(main: Callable[[], None]):
         )
         preemption.install()
         try:
-            if 'distributed' in flags.FLAGS:
+            # To compile for other machines is the work of one process.
+            if not getattr(flags.FLAGS, 'compile_for', None):
                 _start()
             main()
             coordination.finish()
         except UserError as e:
             fail(str(e))
         except (KeyboardInterrupt, Interrupted) as e:
+            if threading.current_thread() is threading.main_thread():
+                # Another one would break what follows, which takes seconds.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             _say(f'interrupted: {e}' if str(e) else 'interrupted')
             if isinstance(e, Interrupted):
                 # All processes have agreed to stop.
@@ -70,6 +76,11 @@ def distributed_flags():
     flags.DEFINE_integer('process_count', None, 'Processes in all')
     flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0')
     flags.DEFINE_float('startup_timeout', 300.0, 'Seconds that all processes have to appear')
+    compilation_cache_flag()
+
+
+def compilation_cache_flag():
+    """Defines the flag of scripts that compile; to be called before `run`."""
     flags.DEFINE_string(
         'compilation_cache',
         None,
@@ -79,14 +90,13 @@ def distributed_flags():
 
 def _start():
     f = flags.FLAGS
-    distributed.start(
-        f.distributed,
-        f.coordinator_address,
-        f.process_count,
-        f.process_id,
-        f.startup_timeout,
-        f.compilation_cache,
-    )
+    if 'distributed' in f:
+        distributed.start(
+            *(f.distributed, f.coordinator_address, f.process_count, f.process_id),
+            f.startup_timeout,
+        )
+    if 'compilation_cache' in f:
+        distributed.cache_compiled(f.compilation_cache)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -106,7 +116,8 @@ def parse(argv: list[str]) -> list[str]:
     except UserError as e:
         fail(str(e))
     except OSError as e:
-        fail(f'--config: no such file: {str(e).split("[Errno 2]")[-1].split(": ")[-1]}')
+        name = e.filename or str(e).split(': ')[-1]
+        fail(f'--config: {e.strerror or "no such file"}: {name}')
     except (AttributeError, KeyError):
         # ml_collections names only the part of the path that it missed.
         unknown = unknown_field(argv)

@@ -32,12 +32,23 @@ def test_what_fails_leaves_nothing(tmp_path):
         atomic.write(tmp_path / 'x' / 'y', b'two')
     with pytest.raises(UserError, match='No space left'), atomic.replacing(tmp_path / 'z'):
         raise OSError(28, os.strerror(28))
+    # What the body reads is not what it writes.
+    with pytest.raises(ConnectionResetError), atomic.replacing(tmp_path / 'z'):
+        raise ConnectionResetError(104, os.strerror(104))
     assert names(tmp_path) == ['x']
 
 
+def test_what_is_no_file_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    end = os.open(tmp_path / 'pipe', os.O_RDONLY | os.O_NONBLOCK)
+    atomic.write(tmp_path / 'pipe', 'one')
+    assert os.read(end, 9) == b'one' and names(tmp_path) == ['pipe']
+    os.close(end)
+
+
 def test_only_what_is_unfinished_is_cleared(tmp_path):
-    for name in ('x.mp4', 'x.mp4.17.tmp', 'mine.tmp', 'x.17.tmp.mp4'):
+    for name in ('x.mp4', 'x.mp4.0123cdef.tmp', 'mine.tmp', 'x.0123cdef.tmp.mp4'):
         (tmp_path / name).touch()
     atomic.clear(tmp_path)
-    assert names(tmp_path) == ['mine.tmp', 'x.17.tmp.mp4', 'x.mp4']
+    assert names(tmp_path) == ['mine.tmp', 'x.0123cdef.tmp.mp4', 'x.mp4']
     atomic.clear(tmp_path / 'missing')

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from cmd_jax.training import integrity
 from tests.chaos import run
 from tests.test_resume import state
 
@@ -23,12 +24,14 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def verdict(workdir):
-    return run.campaign(workdir, ['seal', 'restore', 'any', 'SIGTERM'], STEPS, seed=0)
+    return run.campaign(
+        workdir, ['seal', 'preview', 'restore', 'delete', 'any', 'SIGTERM'], STEPS, seed=0
+    )
 
 
 def test_killed_runs_end_as_if_they_had_not_been(verdict):
     assert verdict.failures == []
-    assert sum(verdict.tally.values()) >= 3
+    assert sum(verdict.tally.values()) >= 5
 
 
 def test_sigterm_saves_and_ends_in_time(verdict):
@@ -55,6 +58,9 @@ def test_differences_are_found(verdict, workdir, tmp_path):
     assert f'previews/{name} is missing' in run.compare(whole, other, STEPS)
     (other / 'metrics.tmp').touch()
     assert 'metrics.tmp' in run.compare(whole, other, STEPS)[0]
+    (other / 'metrics.tmp').unlink()
+    change(other / f'checkpoints/{STEPS}/data/metadata', '}', ' }')
+    assert run.compare(whole, other, STEPS)[0].startswith('data/metadata has')
 
 
 def change(path, old, new):
@@ -66,6 +72,7 @@ def change(path, old, new):
 def move_on(path):
     position = json.loads(path.read_text())['position']
     path.write_text(json.dumps({'position': position + 1}))
+    integrity.seal(path.parents[1], STEPS)
 
 
 def change_array(folder):
@@ -78,3 +85,4 @@ def change_array(folder):
     shutil.rmtree(path)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, train | {'params': jax.tree.unflatten(structure, leaves)})
+    integrity.seal(path.parent, STEPS)

@@ -48,8 +48,10 @@ def damages(folder):
         assert content, f'{path} is empty'
         for damage, change in DAMAGES.items():
             put(path, change(content))
-            yield path.relative_to(folder).as_posix(), damage
-            path.write_bytes(content)
+            try:
+                yield path.relative_to(folder).as_posix(), damage
+            finally:
+                path.write_bytes(content)
 
 
 def restore(folder):

@@ -163,7 +163,7 @@ def test_killed_and_begun_again_gives_the_same(tmp_path):
     made = {p: p.stat().st_mtime_ns for p in made}
     assert 3 <= len(made) < 16
     # As if it had been killed in the middle of a file.
-    (out / 'train-00007-of-00012.array_record.123.tmp').write_bytes(b'x')
+    (out / 'train-00007-of-00012.array_record.0123cdef.tmp').write_bytes(b'x')
     again = subprocess.run(command, timeout=100, stderr=subprocess.PIPE, text=True)
     assert again.returncode == 0, again.stderr
     assert f'{16 - len(made)} of them to make' in again.stderr

@@ -42,7 +42,7 @@ def test_a_lost_preview_is_made_again(whole, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     # Of a process that was killed while it wrote the one and had not begun with the other.
     (folder / '0000006.png').unlink()
-    (folder / '0000006.mp4').rename(folder / '0000006.mp4.123.tmp')
+    (folder / '0000006.mp4').rename(folder / '0000006.mp4.0123cdef.tmp')
     train(tmp_path, 'autoencoder')
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -52,16 +52,20 @@ def test_resume_is_exact(whole, stage, tmp_path):
     if stage != 'autoencoder':
         shutil.copytree(whole / 'autoencoder', tmp_path / 'autoencoder')
     assert f'{stage} saved at step 3' in train(tmp_path, stage, stop=3)
+    # Of a process that was killed between two saves.
+    (tmp_path / stage / 'previews').mkdir(exist_ok=True)
+    left = tmp_path / stage / 'previews' / '0000004.png.0123cdef.tmp'
+    left.touch()
     assert [p.name for p in (tmp_path / stage / 'checkpoints').glob('[0-9]*')] == ['3']
     train(tmp_path, stage)
+    assert not left.exists()
 
     expected, data = state(whole / stage, 6)
     found, found_data = state(tmp_path / stage, 6)
     assert jax.tree.structure(expected) == jax.tree.structure(found)
     jax.tree.map(np.testing.assert_array_equal, expected, found)
     assert found_data == data
-    halves = state(whole / stage, 6)[0][0]['params']
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), halves, found[1]['ema'])
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), found[0]['params'], found[1]['ema'])
     assert any(jax.tree.leaves(moved)), 'the average lags behind the parameters'
 
     lines, found_lines = (

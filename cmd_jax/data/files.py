@@ -115,7 +115,7 @@ def local(path: str) -> str:
         files = system(path)
         if not os.path.exists(target) or os.path.getsize(target) != files.size(path):
             logging.info('copying %s (%.2f GB) to %s', path, files.size(path) / 1e9, target)
-            with atomic.replacing(target) as temporary:
+            with atomic.replacing(target) as temporary, told(path):
                 files.get_file(path, str(temporary))
     return target
 

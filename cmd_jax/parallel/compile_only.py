@@ -5,6 +5,7 @@ Needs libtpu beside the CPU's jax: pip install -r requirements-tpu-compile.txt
 """
 
 import dataclasses
+import math
 import os
 import re
 import time
@@ -76,6 +77,8 @@ def find(name: str) -> Slice:
     if not match:
         raise UserError(f'{told}: give CHIP:SHAPE, such as v5e:8x8 or v5p:4x4x4, or v5e:8x8*2')
     kind, shape, slices = match[1], match[2], int(match[3] or 1)
+    if slices < 1:
+        raise UserError(f'{told}: *{slices} must be at least *1')
     choose('--compile_for: chip', kind, CHIPS)
     chip = CHIPS[kind]
     if shape.count('x') + 1 != chip.axes:
@@ -99,7 +102,7 @@ def find(name: str) -> Slice:
     if kind == 'v4':
         # A chip's two cores are one device, as on the machine itself.
         options['chip_config_name'] = 'megacore'
-    if set(shape) <= {'1', 'x'}:
+    if math.prod(map(int, shape.split('x'))) == 1:
         options['chips_per_host_bounds'] = [1, 1, 1]
     try:
         found = topologies.get_topology_desc(

@@ -175,7 +175,21 @@ def end(code: int, reason: str):
 def finish():
     """Waits until all processes have come to their end."""
     if (watching := watch()) is not None:
-        watching.client.wait_at_barrier('cmd_jax/finish', _FOREVER)
+        failed = []
+
+        def wait():
+            try:
+                watching.client.wait_at_barrier('cmd_jax/finish', _FOREVER)
+            except Exception as e:
+                failed.append(e)
+
+        # In the main thread Ctrl-C would not be seen.
+        waiter = threading.Thread(target=wait, daemon=True)
+        waiter.start()
+        while waiter.is_alive():
+            waiter.join(0.5)
+        if failed:
+            raise failed[0]
         watching.close()
 
 

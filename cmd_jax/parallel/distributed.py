@@ -10,7 +10,6 @@ import logging as stdlogging
 import os
 import threading
 import time
-from pathlib import Path
 
 from absl import logging
 
@@ -38,7 +37,6 @@ def start(
     count: int | None = None,
     index: int | None = None,
     timeout: float = 300.0,
-    compilation_cache: str | None = None,
 ):
     """Joins the processes of a run; must come before anything touches a device.
 
@@ -51,7 +49,6 @@ def start(
       index: of this process, 0 to count - 1. Where these are given, a process takes all devices of
         its host that JAX_LOCAL_DEVICE_IDS or CUDA_VISIBLE_DEVICES leave it.
       timeout: seconds that all processes have to appear.
-      compilation_cache: see `cache_compiled`.
 
     Raises:
       UserError: flags that do not fit together, no cluster to be detected, or processes that did
@@ -62,7 +59,6 @@ def start(
         _connect(cluster, timeout)
         quiet(cluster.index)
         logging.info('process 0 of %d, at %s', cluster.count, cluster.address)
-    cache_compiled(compilation_cache)
 
 
 def find(
@@ -104,18 +100,29 @@ def find(
         cluster = _detect(int(timeout))
     except Exception as e:
         # What JAX asks here (environment, metadata server, Kubernetes) fails in many ways.
-        if sign == _TPU_VM and mode == 'auto':
+        # JAX knows of a pod where it has looked for its process 0.
+        if sign == _TPU_VM and mode == 'auto' and 'coordinator address' not in str(e):
             logging.warning('one process: this TPU VM does not say whether it is of a pod (%s)', e)
             return None
         raise UserError(
             f'--distributed={mode}: JAX cannot detect the cluster ({sign or "no sign of one"}; '
-            f'{e}): give --coordinator_address, --process_count and --process_id'
+            f'{e}): give --coordinator_address, --process_count and --process_id, or '
+            '--distributed=off for one process'
         ) from e
+    for name, given in (('address of process 0', cluster.address), (_BIND, os.environ.get(_BIND))):
+        try:
+            rendezvous.split(given or 'host:1')
+        except ValueError as e:
+            raise UserError(
+                f'{name}={given!r} must be HOST:PORT: set it in the environment '
+                '(JAX_COORDINATOR_ADDRESS), or give --coordinator_address'
+            ) from e
     # A TPU VM of one host needs nobody.
     return cluster if mode == 'on' or cluster.count > 1 else None
 
 
 _TPU_VM = 'a Cloud TPU VM'
+_BIND = 'JAX_COORDINATOR_BIND_ADDRESS'
 
 
 def several() -> str | None:
@@ -166,11 +173,12 @@ def _detect(timeout: int) -> Cluster:
     on_host = _number('OMPI_COMM_WORLD_LOCAL_SIZE')
     if clusters.SlurmCluster.is_env_present() and not clusters.OmpiCluster.is_env_present():
         count = _tasks()
-        on_host = count // max(1, _number('SLURM_STEP_NUM_NODES'))
+        on_host = 1 if count == _number('SLURM_STEP_NUM_NODES') else 0
     # JAX gives each process the one GPU of its number. One process for a whole host takes all, and
     # a launcher that shows each process its own GPU has chosen already.
     shown = os.environ.get('CUDA_VISIBLE_DEVICES')
-    if on_host == 1 or (shown is not None and ',' not in shown):
+    chosen = (shown is not None and ',' not in shown) or 'JAX_LOCAL_DEVICE_IDS' in os.environ
+    if on_host == 1 or chosen:
         devices = None
     return Cluster(address, count, index, None if devices is None else list(devices))
 
@@ -180,7 +188,7 @@ def _connect(cluster: Cluster, timeout: float):
 
     deadline = time.monotonic() + timeout
     address, count, index = cluster.address, cluster.count, cluster.index
-    bind = os.environ.get('JAX_COORDINATOR_BIND_ADDRESS') or f'[::]:{address.rpartition(":")[2]}'
+    bind = os.environ.get(_BIND) or f'[::]:{address.rpartition(":")[2]}'
     rendezvous.meet(address, bind, count, index, timeout)
     # It would take SIGTERM for itself: see cmd_jax.parallel.preemption.
     jax.config.update('jax_enable_preemption_service', False)
@@ -224,8 +232,8 @@ class _Prefixed(logging.PythonFormatter):
 
 def default_cache() -> str:
     """$XDG_CACHE_HOME/cmd_jax/compiled, in ~/.cache where it is not set."""
-    base = os.environ.get('XDG_CACHE_HOME') or Path('~/.cache').expanduser()
-    return str(Path(base) / 'cmd_jax' / 'compiled')
+    base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return os.path.join(base, 'cmd_jax', 'compiled')
 
 
 def cache_compiled(folder: str | None):

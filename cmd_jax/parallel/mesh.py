@@ -67,6 +67,8 @@ def make_mesh(
     count, slices = len(devices), len({getattr(d, 'slice_index', None) for d in devices})
     told = f'mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} on {count} devices'
     data = slices if data == -1 else data
+    if data < 1 or count % data:
+        raise UserError(f'{told}: mesh.data must divide {count}, or be -1')
     if data % slices:
         raise UserError(
             f'{told} in {slices} slices: mesh.data must be a multiple of {slices}, or -1'

@@ -71,9 +71,10 @@ def _receive(kind: str):
     with _lock:
         deferred = _current
         leave = deferred is None or deferred.leaving or (kind in deferred.seen and kind != _NOTICE)
+        if not leave:
+            deferred.note(kind)
     if leave:
         _leave(kind)
-    deferred.note(kind)
 
 
 def _leave(kind: str):
@@ -234,8 +235,9 @@ def _wait_for(key: str, value: str):
     base = f'http://{host}/computeMetadata/v1/instance/{key}'
     # Never through a proxy.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    query, failed, first = '', 0, True
-    while failed < _ATTEMPTS:
+    query, failed, before = '', 0, None
+    # A server that has answered once is waited for.
+    while failed < _ATTEMPTS or before is not None:
         request = urllib.request.Request(base + query, headers={'Metadata-Flavor': 'Google'})
         try:
             with opener.open(request, timeout=_WAIT + 30) as answer:
@@ -245,15 +247,16 @@ def _wait_for(key: str, value: str):
             # Not this platform's server, or one that is away for a while.
             failed += 1
             logging.log_first_n(logging.INFO, 'no %s from %s: %s', 1, key, host, e)
-            time.sleep(min(60.0, 2.0**failed))
+            time.sleep(min(60.0, 2.0 ** min(failed, 6)))
             continue
         failed = 0
-        if found == value:
-            if first and key == _MAINTENANCE[0]:
+        # Who asks with a time-out is told the old value again.
+        if found == value != before:
+            if before is None and key == _MAINTENANCE[0]:
                 # May be an hour away: a run that was started again must not end at once.
                 logging.warning('this machine is about to go: %s=%s', key, found)
             else:
                 _receive(_NOTICE)
                 return
-        first = False
+        before = found
         query = f'?wait_for_change=true&timeout_sec={_WAIT}&last_etag={tag}'

@@ -162,7 +162,7 @@ def _join(address: str, count: int, index: int, timeout: float):
                     data = connection.recv(4096)
                     unread += data
                     if not data or len(unread) > _LONGEST:
-                        why = 'what answers there is not process 0, or has ended'
+                        here, why = [], 'what answers there is not process 0, or has ended'
                         break
                     *lines, unread = unread.split(b'\n')
                     for message in map(json.loads, lines):
@@ -177,7 +177,7 @@ def _join(address: str, count: int, index: int, timeout: float):
         except TimeoutError:
             pass
         except OSError as e:
-            why = e.strerror or str(e)
+            here, why = [], e.strerror or str(e)
         except (ValueError, TypeError, KeyError):
             why = 'what answers there is not process 0'
         time.sleep(max(0.0, min(_RETRY, deadline - time.monotonic())))

@@ -10,6 +10,7 @@ is there until then: a save that was cut short is no damage, and is deleted by t
 import contextlib
 import dataclasses
 import errno
+import os
 import re
 import shutil
 import threading
@@ -118,6 +119,14 @@ class Checkpoints:
         self._join()
         self.check()
 
+    def tidy(self):
+        """Leaves in the folder what the last save would have left, had it not been killed behind
+        its last file; where there is nothing more to be saved."""
+        latest = self.latest
+        if latest is not None and jax.process_index() == 0:
+            self._clear(latest)
+            self._delete_old()
+
     def save(self, state: TrainState, statistics: dict | None, position: int | None):
         """Saves in the background; what it replaces is deleted when it is whole.
 
@@ -140,7 +149,7 @@ class Checkpoints:
         try:
             if self._manager is None:
                 self._prepare(latest)
-            elif not self.folder.is_dir():
+            elif not os.path.isdir(self.folder):
                 raise FileNotFoundError(errno.ENOENT, 'the folder is gone')
             if jax.process_index() == 0:
                 # Before Orbax's barriers, behind which it gives the folder its name.
@@ -169,8 +178,6 @@ class Checkpoints:
         items = {'train': ocp.args.StandardRestore(train), 'model': ocp.args.StandardRestore(model)}
         if (self.folder / str(self.latest) / 'data').exists():
             items['data'] = ocp.args.JsonRestore()
-        else:
-            logging.info('%s holds no position in the data: from its beginning', self.folder)
         out = self._restore('train', train, items)
         position = out['data']['position'] if 'data' in items else None
         state = TrainState(**out['train'], ema=out['model']['ema'])
@@ -230,7 +237,7 @@ class Checkpoints:
             raise UserError(
                 f'{self.folder} cannot be read ({e.strerror}): mend it, or use another workdir'
             ) from e
-        return sorted((int(p.name) for p in found if p.is_dir()), reverse=True)
+        return sorted((int(p.name) for p in found if os.path.isdir(p)), reverse=True)
 
     def _find(self) -> int | None:
         faults, damaged = {}, []
@@ -288,19 +295,23 @@ class Checkpoints:
         disk_errors.hush()
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            for step in self._steps():
-                path = self.folder / str(step)
-                if integrity.interrupted(path):
-                    logging.info('%s, whose saving was interrupted, is deleted', path)
-                    shutil.rmtree(path)
-                elif latest is None or step > latest:
-                    _move_aside(path)
-            # Of what was killed before the folder had its name, or after its last manifest.
-            for path in self.folder.glob(f'*{integrity.UNSEALED}'):
-                path.unlink()
+            self._clear(latest)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices('checkpoints moved aside')
         self._manager = self._open(saving=True)
+
+    def _clear(self, latest: int | None):
+        """Deletes what was interrupted, and moves aside what is damaged."""
+        for step in self._steps():
+            path = self.folder / str(step)
+            if integrity.interrupted(path):
+                logging.info('%s, whose saving was interrupted, is deleted', path)
+                shutil.rmtree(path)
+            elif latest is None or step > latest:
+                _move_aside(path)
+        # Of what was killed before the folder had its name, or after its last manifest.
+        for path in self.folder.glob(f'*{integrity.UNSEALED}'):
+            path.unlink()
 
     def _finish(self, step: int):
         """In the background: from Orbax's last word to the deletion of what is replaced."""
@@ -329,12 +340,13 @@ class Checkpoints:
                     logging.warning('checkpoint %s cannot be deleted (%s)', path, e.strerror)
 
     def _fail(self, step: int, error: BaseException):
+        self._failure = error  # whatever happens here
         reason = disk_errors.reason(error)
         if reason is None:  # a defect, or told already
-            self._failure = error
             return
         whole = self._latest
-        if whole in (None, UNKNOWN) or not (self.folder / str(whole)).is_dir():
+        # pathlib's is_dir raises where the folder cannot be looked into.
+        if whole in (None, UNKNOWN) or not os.path.isdir(self.folder / str(whole)):
             whole = 'no checkpoint is whole'
         else:
             whole = f'the newest whole checkpoint is of step {whole}'

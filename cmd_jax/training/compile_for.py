@@ -13,6 +13,7 @@ import jax
 from absl import logging
 
 from cmd_jax import atomic
+from cmd_jax.errors import writable
 from cmd_jax.parallel import compile_only
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.training import config as configs
@@ -73,6 +74,14 @@ class Report:
         """Model FLOPs for each byte to or from a chip's memory, about."""
         return self.model_flops / self.chips / self.cost.traffic
 
+    def row(self) -> dict:
+        """For JSON."""
+        return dataclasses.asdict(self) | {
+            'fits': self.fits,
+            'step_seconds': self.step_seconds,
+            'intensity': self.intensity if self.cost else None,
+        }
+
     def lines(self) -> str:
         """For people."""
         rows = [
@@ -95,12 +104,14 @@ class Report:
                 ('peak', f'{gigabytes(self.cost.peak)} of {gigabytes(self.memory_bytes)}'),
                 ('fits', 'yes' if self.fits else 'no'),
                 ('collectives', ', '.join(moved) or 'none'),
-                ('model FLOPs', f'{self.model_flops / 1e12:.4g} T a step'),
-                ('on a chip', f'{self.model_flops / self.chips / 1e12:.4g} T a step'),
                 ('intensity', f'{self.intensity:.0f} FLOPs a byte of memory traffic'),
-                (f'at {compile_only.UTILISATION:.0%} of peak', f'{self.step_seconds:.3g} s a step'),
                 ('compiled in', f'{self.cost.seconds:.0f} s'),
             ]
+        rows += [
+            ('model FLOPs', f'{self.model_flops / 1e12:.4g} T a step'),
+            ('on a chip', f'{self.model_flops / self.chips / 1e12:.4g} T a step'),
+            (f'at {compile_only.UTILISATION:.0%} of peak', f'{self.step_seconds:.3g} s a step'),
+        ]
         if self.largest_batch is not None:
             rows.append(('largest batch', str(self.largest_batch or 'none')))
         for path, x in self.replicated.items():
@@ -134,6 +145,8 @@ def run(
       UserError: an unknown slice, no TPU compiler, or a config that does not suit the slice.
     """
     slices = [compile_only.find(name) for name in names]
+    if out:
+        writable('--compile_report', Path(out).parent)
     # Programs for other machines cannot be read back from it.
     jax.config.update('jax_enable_compilation_cache', False)
     reports = []
@@ -146,7 +159,7 @@ def run(
             print(report.lines(), flush=True)
             reports.append(report)
     if out:
-        rows = [dataclasses.asdict(report) | {'fits': report.fits} for report in reports]
+        rows = [report.row() for report in reports]
         atomic.write(out, json.dumps(rows, indent=1) + '\n')
     return reports
 
@@ -160,8 +173,7 @@ def measure(
     mesh = make_mesh(
         **vars(config.mesh), devices=place.devices, batch=train.batch_size // train.accumulation
     )
-    kind = config.data.source.partition(':')[0]
-    classes = 0 if config.condition == 'text' else CLASSES.get(kind, 0)
+    classes = known_classes(config)
     stages.check(name, config, classes, mesh)
     with jax.set_mesh(mesh):
         made = program.make(stages.make(name, config, classes, mesh))
@@ -190,6 +202,17 @@ def measure(
         except compile_only.DoesNotFit as e:
             return Report(**common, cost=None, needed=e.needed)
     return Report(**common, cost=cost)
+
+
+def known_classes(config: configs.Config) -> int:
+    """The number of classes of a config's data, which is not there; 0 where text is the condition,
+    or where it is not known."""
+    kind = config.data.source.partition(':')[0]
+    if config.condition == 'text':
+        return 0
+    if kind not in CLASSES:
+        logging.warning('classes of data.source=%r: not known, taken as none', config.data.source)
+    return CLASSES.get(kind, 0)
 
 
 def bytes_on_chip(tree) -> int:

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cmd_jax import atomic, sampling, stable_diffusion
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, writable
 from cmd_jax.parallel import compile_only
 from cmd_jax.parallel.mesh import batch_sharding, batch_ways, make_mesh, replicated
 from cmd_jax.stable_diffusion import weights
 from cmd_jax.stable_diffusion.folder import PARTS
 from cmd_jax.training import config as configs
 from cmd_jax.training import frozen, parts
-from cmd_jax.training.compile_for import CLASSES, bytes_on_chip, gigabytes
+from cmd_jax.training.compile_for import bytes_on_chip, gigabytes, known_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +46,20 @@ class SamplerReport:
     programs: dict[str, compile_only.Cost | None]
 
     @property
-    def peak(self) -> float:
-        """Bytes on a chip: all networks, and the work of the largest program."""
+    def peak(self) -> int | None:
+        """Bytes on a chip: all networks, and the work of the largest program; None where one does
+        not fit."""
         if None in self.programs.values():
-            return float('inf')
+            return None
         return self.weights_bytes + max(cost.work for cost in self.programs.values())
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.memory_bytes
+        return self.peak is not None and self.peak <= self.memory_bytes
+
+    def row(self) -> dict:
+        """For JSON."""
+        return dataclasses.asdict(self) | {'fits': self.fits, 'peak': self.peak}
 
     def lines(self) -> str:
         """For people."""
@@ -68,10 +73,9 @@ class SamplerReport:
             if cost is not None:
                 told = f'work {gigabytes(cost.work)}, compiled in {cost.seconds:.0f} s'
             rows.append((name, told))
-        rows += [
-            ('peak', f'{gigabytes(self.peak)} of {gigabytes(self.memory_bytes)}'),
-            ('fits', 'yes' if self.fits else 'no'),
-        ]
+        if self.peak is not None:
+            rows.append(('peak', f'{gigabytes(self.peak)} of {gigabytes(self.memory_bytes)}'))
+        rows.append(('fits', 'yes' if self.fits else 'no'))
         title = f'sampling on {self.slice} ({self.chips} chips)'
         return '\n'.join([title] + [f'  {name:20} {value}' for name, value in rows])
 
@@ -81,6 +85,7 @@ def run(
     names: list[str],
     videos: int,
     *,
+    classes: int | None = None,
     search: bool = False,
     out: str | Path | None = None,
 ) -> list[SamplerReport]:
@@ -90,26 +95,32 @@ def run(
       config: of a run.
       names: of slices, such as 'v5e:1x1'.
       videos: at a time, on all chips.
+      classes: of the run's data; None: see `compile_for.known_classes`.
       search, out: see `compile_for.run`.
 
     Raises:
       UserError: an unknown slice, no TPU compiler, or videos that do not split over the slice.
     """
     slices = [compile_only.find(name) for name in names]
+    if out:
+        writable('--compile_report', Path(out).parent)
     # Programs for other machines cannot be read back from it.
     jax.config.update('jax_enable_compilation_cache', False)
     reports = []
     for place in slices:
-        reports.append(measure(config, place, videos, search))
+        reports.append(measure(config, place, videos, classes, search))
         print(reports[-1].lines(), flush=True)
     if out:
-        rows = [dataclasses.asdict(r) | {'fits': r.fits, 'peak': r.peak} for r in reports]
-        atomic.write(out, json.dumps(rows, indent=1) + '\n')
+        atomic.write(out, json.dumps([report.row() for report in reports], indent=1) + '\n')
     return reports
 
 
 def measure(
-    config: configs.Config, place: compile_only.Slice, videos: int, search: bool = False
+    config: configs.Config,
+    place: compile_only.Slice,
+    videos: int,
+    classes: int | None = None,
+    search: bool = False,
 ) -> SamplerReport:
     """The cost of sampling on one slice."""
     mesh = make_mesh(devices=place.devices)
@@ -118,8 +129,7 @@ def measure(
             f'--num_videos={videos} does not split over the {mesh.size} chips of {place.name}: '
             f'choose a multiple of {batch_ways(mesh)}'
         )
-    text = config.condition == 'text'
-    classes = 0 if text else CLASSES.get(config.data.source.partition(':')[0], 0)
+    classes = known_classes(config) if classes is None else classes
     with jax.set_mesh(mesh):
         networks, lowered = programs(config, classes, videos, mesh)
         costs = {}

@@ -19,7 +19,7 @@ def reason(error: BaseException) -> str | None:
     if match := STATUS.match(str(error)):
         return match[1].lower().replace('_', ' ')
     if isinstance(error, OSError):
-        return error.strerror or str(error).splitlines()[0]
+        return error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
     return None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from cmd_jax import stable_diffusion
+from cmd_jax.data import sources
 from cmd_jax.data.latent_records import Latents
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
@@ -80,10 +81,12 @@ def load_text(
 def abstract(name: str, config: configs.Config, mesh) -> tuple[Frozen, dict]:
     """The shapes of a stage's parts, and of a batch of what its loss reads.
 
-    As for data whose captions are not known ahead: the text encoder is part of each step.
+    As for videos whose captions are not known ahead, the text encoder is part of each step, or for
+    a latent cache (`data.source=latents:…`), which has features of text.
     """
     section, data = getattr(config, name), config.data
     source, dtype = config.stable_diffusion.source, parts.compute_dtype('auto')
+    cached = sources.parse(data.source)[0] == 'latents'
 
     def pretrained(where, part):
         module = PARTS[part].module
@@ -100,16 +103,24 @@ def abstract(name: str, config: configs.Config, mesh) -> tuple[Frozen, dict]:
     if name != 'autoencoder':
         module = nnx.eval_shape(lambda: parts.make_autoencoder(config, nnx.Rngs(0)))
         networks['autoencoder'] = in_compute_dtype(shaped(module, mesh))
+        if cached:
+            latent = size, data.frames, module.motion_tokens, module.motion_channels
+            batch |= {'content': ((size, *parts.frame_shape(config)), jnp.float32)}
+            batch |= {'motion': (latent, jnp.float32)}
+            del batch['video']
     if name == 'motion':
         networks['statistics'] = abstract_statistics(config, mesh)
     if config.condition == 'text' and name != 'autoencoder':
         encoder = pretrained(parts.text_source(config, name), 'text_encoder')
         pooled = name == 'motion'
         null = (encoder.dim,) if pooled else (encoder.length, encoder.dim)
-        null = jax.ShapeDtypeStruct(null, parts.compute_dtype(section.train.precision))
-        null = jax.ShapeDtypeStruct(null.shape, null.dtype, sharding=replicated(mesh))
-        networks['text'] = texts.Encode(encoder, null, pooled)
-        batch['text'] = (size, encoder.length), jnp.int32
+        kept = jnp.float32 if cached else parts.compute_dtype(section.train.precision)
+        leaf = jax.ShapeDtypeStruct(null, kept, sharding=replicated(mesh))
+        if cached:
+            networks['text'], batch['text'] = texts.Given(leaf), ((size, *null), kept)
+        else:
+            networks['text'] = texts.Encode(encoder, leaf, pooled)
+            batch['text'] = (size, encoder.length), jnp.int32
     else:
         batch['label'] = (size,), jnp.int32
     return Frozen(networks, labelled), batch

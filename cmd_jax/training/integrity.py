@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path
 
 NAME = re.compile(r'manifest\.(\d+)-of-(\d+)\.json')
+PARTIAL = re.compile(NAME.pattern + r'\.partial')
 UNSEALED = '.unsealed'
 THREADS = 4  # hashing releases the interpreter lock
 
@@ -51,7 +52,8 @@ def seal(folder: Path, step: int, process: int = 0, processes: int = 1):
     The files are on the disk, not in a buffer, before their manifest says that they are.
     """
     files = _files(folder)
-    share = [name for name in files if _mine(name, process, processes)]
+    # Other processes write their manifests at the same time.
+    share = [n for n in files if not NAME.fullmatch(n) and _mine(n, process, processes)]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         digests = list(pool.map(lambda name: _digest(folder / name, sync=True), share))
     content = {
@@ -149,7 +151,8 @@ def _mine(name: str, process: int, processes: int) -> bool:
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """{path relative to the folder: bytes} of all files in and below it."""
+    """{path relative to the folder: bytes} of all files in and below it, but manifests that are
+    being written."""
 
     def fail(error):
         raise error
@@ -157,6 +160,8 @@ def _files(folder: Path) -> dict[str, int]:
     out = {}
     for parent, _, names in os.walk(folder, onerror=fail):
         for name in names:
+            if PARTIAL.fullmatch(name):
+                continue  # by the process that writes it
             path = Path(parent, name)
             out[path.relative_to(folder).as_posix()] = path.lstat().st_size
     return out

@@ -13,7 +13,7 @@ import safetensors.numpy
 from absl import logging
 from tqdm import tqdm
 
-from cmd_jax import sampling, stable_diffusion
+from cmd_jax import atomic, sampling, stable_diffusion
 from cmd_jax.data import clips, files, latent_records, pipeline, records, sources, videos
 from cmd_jax.errors import UserError, writable
 from cmd_jax.parallel.distributed import barrier, is_main
@@ -154,7 +154,8 @@ def begin(out: str, settings: dict) -> bool:
         return os.path.exists(os.path.join(out, records.HEADER))
     if os.path.exists(os.path.join(out, records.HEADER)):
         raise UserError(f'{out} holds other records: choose another --out')
-    files.write(path, json.dumps(settings, indent=1).encode())
+    if is_main():
+        files.write(path, json.dumps(settings, indent=1).encode())
     return False
 
 
@@ -234,6 +235,8 @@ def finish(out, settings, splits, encoder, shard_clips, config):
         logging.info(
             '%s: %d clips of %s%s', out, total - lost, split, f'; skipped: {counts}' * bool(lost)
         )
+    for folder in (out, os.path.join(out, records.PARTS)):
+        atomic.clear(folder)
     if encoder.texts:
         empty = {k: np.asarray(x[0]) for k, x in encoder.text_features(['']).items()}
         files.write(os.path.join(out, latent_records.EMPTY_PROMPT), safetensors.numpy.save(empty))

@@ -112,8 +112,9 @@ def train_stage(
                             mesh,
                         )
             if main:
-                # From here on the folder is this run's.
-                atomic.clear(folder)
+                # From here on the folder is this run's, with what killed processes left in it.
+                for place in (folder, folder / 'previews'):
+                    atomic.clear(place)
                 configs.save(config, folder / 'config.json')
                 trained.save_inputs(folder, data.class_names, given.autoencoder_step)
             networks = given.networks | ({'statistics': statistics} if statistics else {})
@@ -129,6 +130,7 @@ def train_stage(
             if previews.due(step, settings) and previews.missing(folder / 'previews', step):
                 preview(step, state)
             if step >= settings.steps:
+                checkpoints.tidy()
                 logging.info('%s: trained already (%d steps)', name, step)
                 return
             batch = put_batch(given.inputs(next(batches)), mesh)
@@ -188,10 +190,15 @@ def train_stage(
             with jax.transfer_guard('allow'):
                 if save:
                     checkpoints.save(state, statistics, batches.position)
+                if save and (look or stop):
+                    # Who leaves earlier would take the others along.
+                    checkpoints.wait()
+                    barrier(f'{name} saved at step {step}')
                 if look and not stop:
-                    preview(step, state)
+                    # What is saved may be left at once: the same command makes the preview.
+                    with deferred.at_once() if save else contextlib.nullcontext():
+                        preview(step, state)
             if stop:
-                checkpoints.wait()
                 raise deferred.interrupted(f'{name} saved at step {step}')
             if not last:
                 batch = put_batch(given.inputs(next(batches)), mesh)

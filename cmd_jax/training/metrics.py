@@ -147,7 +147,7 @@ class Progress:
 
     def update(self, step: int):
         self.bar.update(step - self.bar.n)
-        # The first step compiles; speed is measured from its end.
+        # Speed is measured from the end of the first step.
         if self.since is None:
             self.since, self.last = time.time(), step
 

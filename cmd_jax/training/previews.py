@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from einops import repeat
 
-from cmd_jax import atomic, sampling
+from cmd_jax import sampling
 from cmd_jax import video as videos
 from cmd_jax.data.clips import Skipped
 from cmd_jax.errors import UserError
@@ -31,10 +31,7 @@ def due(step: int, settings: configs.Train) -> bool:
 
 
 def missing(folder: Path, step: int) -> bool:
-    """Whether a step's preview is not there, or not whole; all processes are told the same. What
-    killed processes have left in the folder is deleted."""
-    if is_main():
-        atomic.clear(folder)
+    """Whether a step's preview is not there, or not whole; all processes are told the same."""
     return any_process(is_main() and not (folder / f'{step:07d}.png').exists())
 
 

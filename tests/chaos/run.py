@@ -343,6 +343,8 @@ def compare(expected: Path, found: Path, steps: int) -> list[str]:
             failures.append(f'{folder or STAGE} holds {other} instead of {one}')
     if failures:
         return failures
+    if fault := integrity.fault(found / 'checkpoints' / str(steps), steps):
+        return [fault]
     (trees, data), (found_trees, found_data) = state(expected, steps), state(found, steps)
     if data != found_data:
         failures.append(f'position in the data: {found_data} instead of {data}')
