@@ -103,6 +103,16 @@ def test_report_of_a_stage(report):
     json.dumps(dataclasses.asdict(found))
 
 
+def test_a_latent_cache_leaves_the_encoders_out(report):
+    config, of_videos = report
+    data = dataclasses.replace(config.data, source='latents:cache')
+    config = dataclasses.replace(config, data=data)
+    found = compile_for.measure('motion', config, compile_only.find('v5e:2x2'))
+    assert found.parameters == of_videos.parameters and found.fits
+    assert found.model_flops < of_videos.model_flops
+    assert found.cost.traffic < of_videos.cost.traffic
+
+
 def test_arrays_on_every_chip_are_found():
     mesh = meshes.make_mesh(fsdp=8)
     tree = {
@@ -158,6 +168,8 @@ def test_several_slices_and_one_chip():
     assert slices == [{0}, {1}], 'only the data axis crosses slices'
     with pytest.raises(UserError, match='2 slices: mesh.data must be a multiple of 2'):
         meshes.make_mesh(data=1, devices=found.devices)
+    with pytest.raises(UserError, match='mesh.data must divide 32'):
+        meshes.make_mesh(data=64, tensor=-1, batch=64, devices=found.devices)
     assert len(compile_only.find('v5e:1x1').devices) == 1
     assert len(compile_only.find('v4:2x2x2').devices) == 8, 'a device a chip, not a core'
 

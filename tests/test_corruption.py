@@ -128,3 +128,18 @@ def test_without_manifests_damage_comes_back_as_if_sound(pair, monkeypatch):
             pass
     path.write_bytes(content)
     assert silent > 3
+
+
+def test_processes_seal_at_the_same_time(tmp_path):
+    folder = tmp_path / '3'
+    folder.mkdir()
+    for name in 'abcdef':
+        (folder / name).write_text(name)
+    # What process 1 sees while process 0 writes its manifest; by its name it would be its to hash.
+    partial = folder / 'manifest.0-of-2.json.partial'
+    partial.touch()
+    integrity.seal(folder, 3, 1, 2)
+    partial.unlink()
+    assert integrity.fault(folder, 3) == 'manifest.0-of-2.json is missing'
+    integrity.seal(folder, 3, 0, 2)
+    assert integrity.fault(folder, 3) is None

@@ -119,6 +119,13 @@ def test_a_failure_is_told_once_and_at_the_next_chance(tmp_path, monkeypatch, lo
     assert restored(tmp_path) == (1, 10)
 
 
+def test_a_failure_without_words_is_one(tmp_path, monkeypatch):
+    """And so is one in a folder that can no longer be looked into."""
+    fail_to_seal(monkeypatch, TimeoutError())
+    with pytest.raises(UserError, match=r'1 cannot be saved \(TimeoutError\)'):
+        fill(tmp_path, 1)
+
+
 def test_a_defect_keeps_its_traceback(tmp_path, monkeypatch):
     fail_to_seal(monkeypatch, KeyError('defect'))
     with pytest.raises(KeyError, match='defect'):

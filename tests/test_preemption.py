@@ -245,7 +245,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
             server.asked.append(self.path)
             if 'wait_for_change=true' in self.path:
                 tag = self.path.split('last_etag=')[1]
-                server.changed.wait_for(lambda: server.tags[key] != tag, 60)
+                server.changed.wait_for(lambda: server.tags[key] != tag, server.patience)
             value, tag = server.values[key], server.tags[key]
         self.send_response(200)
         self.send_header('ETag', tag)
@@ -261,7 +261,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 def metadata():
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Metadata)
     server.daemon_threads, server.block_on_close = True, False
-    server.changed, server.asked = threading.Condition(), []
+    server.changed, server.asked, server.patience = threading.Condition(), [], 60
     server.values = {'preempted': 'FALSE', 'maintenance-event': 'NONE'}
     server.tags = {'preempted': 'a', 'maintenance-event': 'a'}
 
@@ -303,6 +303,7 @@ def test_notice(metadata, key, value):
 
 def test_notice_outside(metadata):
     metadata.values['maintenance-event'] = 'TERMINATE_ON_HOST_MAINTENANCE'  # of an hour ago
+    metadata.patience = 0.1  # and told again when a question has been open for long
     with process(COMPUTE, GCE_METADATA_HOST=metadata.host) as started:
         wait_for(started, 'ready')
         waits(metadata)

@@ -6,6 +6,7 @@ float32. Repeated blocks are stacked along a leading axis at construction (`stac
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -144,16 +145,17 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rn
 def gathered(block: nnx.Module, keep: tuple[str, ...] = ('tensor',)) -> nnx.Module:
     """A block whose linear layers and convolutions have their parameters in what they compute in,
     and gathered over all mesh axes but those kept (`parallel.mesh.gather`)."""
-    block = nnx.merge(*nnx.split(block))
+    graphdef, state = nnx.split(block)
+    params = nnx.to_pure_dict(state)
     for path, module in nnx.iter_modules(block):
         if not isinstance(module, nnx.Linear | nnx.Conv):
             continue
-        for name in ('kernel', 'bias'):
-            param = getattr(module, name)
-            if param is not None:
-                where = '/'.join(map(str, ('blocks', *path, name)))
-                param.set_value(gather(param.get_value().astype(module.dtype), where, keep))
-    return block
+        inner = functools.reduce(operator.getitem, path, params)
+        for name in inner:
+            where = '/'.join(map(str, ('blocks', *path, name)))
+            inner[name] = gather(inner[name].astype(module.dtype), where, keep)
+    # Not in place: the block may be of another trace, such as a loop's surroundings.
+    return nnx.merge(graphdef, params)
 
 
 def run_stack(
