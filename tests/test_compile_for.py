@@ -108,7 +108,7 @@ def test_a_latent_cache_leaves_the_encoders_out(report):
     data = dataclasses.replace(config.data, source='latents:cache')
     config = dataclasses.replace(config, data=data)
     found = compile_for.measure('motion', config, compile_only.find('v5e:2x2'))
-    assert found.parameters == of_videos.parameters and found.fits
+    assert found.fits
     assert found.model_flops < of_videos.model_flops
     assert found.cost.traffic < of_videos.cost.traffic
 

@@ -52,6 +52,8 @@ def process(body: str, install: bool = True, **env):
         text=True,
         start_new_session=True,
         env=os.environ | {'JAX_PLATFORMS': 'cpu', 'GCE_METADATA_HOST': ''} | env,
+        # Of a shell that has put the tests into the background, Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         yield started

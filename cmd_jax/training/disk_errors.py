@@ -33,9 +33,11 @@ def hush():
     def is_news(record: python_logging.LogRecord) -> bool:
         if not record.exc_info:
             return True
-        error = str(record.exc_info[1])
+        error = record.exc_info[1]
         of_orbax = f'{os.sep}orbax{os.sep}' in record.pathname
-        return not (of_orbax or OS_CODE.search(error) or STATUS.match(error))
+        of_its_loop = record.name == 'asyncio' and isinstance(error, OSError)
+        told = OS_CODE.search(str(error)) or STATUS.match(str(error))
+        return not (of_orbax or of_its_loop or told)
 
     def hook(unraisable):
         # TensorStore's threads, after another one's write has failed.
