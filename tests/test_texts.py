@@ -13,7 +13,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.stable_diffusion import make as maker
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop, losses, parts, stages, texts
+from cmd_jax.training import frozen, loop, losses, parts, stages, texts
 from tests import tiny
 
 PROMPTS = ['a three moving up', 'an eight moving down and left']
@@ -118,3 +118,8 @@ def test_full_size_stages(family, content, stage, tmp_path):
         assert meshes.rule(meshes.path_name(path)) < len(meshes.PARAMS) - 1
     large = jax.tree.map(lambda x, s: x.size * 4 <= 2**20 or any(s.spec), params, sharding)
     assert all(jax.tree.leaves(large))
+    # What --compile_for begins with; it needs no data.
+    given, shapes = frozen.abstract(stage, config, meshes.make_mesh(fsdp=8))
+    assert config.data.source == 'folder:'
+    assert shapes['video'][0][1:] == (16, 512, 1024 if family == 'sd21' else 512, 3)
+    assert (stage == 'autoencoder') == ('text' not in given.networks)

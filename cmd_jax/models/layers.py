@@ -7,7 +7,7 @@ float32. Repeated blocks are stacked along a leading axis at construction (`stac
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +156,12 @@ def gathered(block: nnx.Module, keep: tuple[str, ...] = ('tensor',)) -> nnx.Modu
             inner[name] = gather(inner[name].astype(module.dtype), where, keep)
     # Not in place: the block may be of another trace, such as a loop's surroundings.
     return nnx.merge(graphdef, params)
+
+
+def restack(blocks: Sequence[nnx.Module]) -> nnx.Module:
+    """Blocks of one form that were made one by one, as `stack` would have made them."""
+    states = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
+    return nnx.merge(nnx.split(blocks[0])[0], jax.tree.map(lambda *x: jnp.stack(x), *states))
 
 
 def run_stack(

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from cmd_jax.models.layers import gelu, linear
+from cmd_jax.models.layers import gelu, linear, restack, run_stack
 from cmd_jax.parallel.mesh import shard
 
 
@@ -88,8 +88,9 @@ class TextTransformer(nnx.Module):
 
     def __call__(self, ids: Int[Array, 'b n']) -> Float[Array, 'b n k']:
         x = shard(self.embeddings(ids), 'batch', None, None)
-        for layer in self.encoder.layers:
-            x = layer(x)
+        # Files and checkpoints name the layers one by one; a loop compiles in the time of one.
+        layers = restack(list(self.encoder.layers))
+        x = run_stack(layers, x, lambda layer, x: layer(x), remat='none')
         return self.final_layer_norm(x).astype(jnp.float32)
 
 

@@ -340,21 +340,28 @@ class Checkpoints:
                     logging.warning('checkpoint %s cannot be deleted (%s)', path, e.strerror)
 
     def _fail(self, step: int, error: BaseException):
-        self._failure = error  # whatever happens here
+        failure = error
+        try:
+            failure = self._told(step, error)
+        finally:  # whatever happens; and once, as another thread looks at it
+            self._failure = failure
+
+    def _told(self, step: int, error: BaseException) -> BaseException:
         reason = disk_errors.reason(error)
         if reason is None:  # a defect, or told already
-            return
+            return error
         whole = self._latest
         # pathlib's is_dir raises where the folder cannot be looked into.
         if whole in (None, UNKNOWN) or not os.path.isdir(self.folder / str(whole)):
             whole = 'no checkpoint is whole'
         else:
             whole = f'the newest whole checkpoint is of step {whole}'
-        self._failure = UserError(
+        failure = UserError(
             f'checkpoint {self.folder / str(step)} cannot be saved ({reason}); {whole}: make room '
             'or mend the folder, and start again'
         )
-        self._failure.__cause__ = error
+        failure.__cause__ = error
+        return failure
 
     def _join(self):
         if self._thread is not None:

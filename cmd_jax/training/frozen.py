@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from cmd_jax import stable_diffusion
-from cmd_jax.data import sources
 from cmd_jax.data.latent_records import Latents
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
@@ -86,7 +85,8 @@ def abstract(name: str, config: configs.Config, mesh) -> tuple[Frozen, dict]:
     """
     section, data = getattr(config, name), config.data
     source, dtype = config.stable_diffusion.source, parts.compute_dtype('auto')
-    cached = sources.parse(data.source)[0] == 'latents'
+    # Not parsed: the place may be left out.
+    cached = data.source.startswith('latents:')
 
     def pretrained(where, part):
         module = PARTS[part].module
