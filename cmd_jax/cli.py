@@ -7,6 +7,8 @@ processes, one that fails ends the others.
 
 import difflib
 import logging as stdlogging
+import os
+import re
 import runpy
 import signal
 import sys
@@ -101,6 +103,9 @@ def _start():
 
 def parse(argv: list[str]) -> list[str]:
     """absl's flag parser, with the errors of flags and config files in one line."""
+    # Shells expand ~ at the beginning of a word only.
+    home = os.path.expanduser('~')
+    argv = [re.sub(r'^(--[\w.]+=(?:\w+:)?)~(?=/|$)', lambda m: m[1] + home, a) for a in argv]
     try:
         rest = flags.FLAGS(argv)
         # A config file that is not there is told of only when the config is looked at.

@@ -67,7 +67,13 @@ MPI = {
         # One process for a whole host; and srun --gpus-per-task, which shows each its own GPU.
         (SLURM | {'SLURM_STEP_NUM_TASKS': '2', 'SLURM_PROCID': '1'}, (2, 1), None),
         (SLURM | {'CUDA_VISIBLE_DEVICES': '1'}, (4, 3), None),
+        (SLURM | {'CUDA_VISIBLE_DEVICES': '0,1', 'SLURM_GPUS_PER_TASK': '2'}, (4, 3), None),
+        # More GPUs than tasks.
+        (SLURM | {'SLURM_GPUS_ON_NODE': '2'}, (4, 3), [1]),
+        (SLURM | {'SLURM_GPUS_ON_NODE': '8'}, (4, 3), [4, 5, 6, 7]),
+        (SLURM | {'CUDA_VISIBLE_DEVICES': '4,5,6,7'}, (4, 3), [2, 3]),
         (MPI, (8, 5), [1]),
+        (MPI | {'CUDA_VISIBLE_DEVICES': '0,1,2,3,4,5,6,7'}, (8, 5), [2, 3]),
         (MPI | {'OMPI_COMM_WORLD_LOCAL_SIZE': '1'}, (8, 5), None),
     ],
 )

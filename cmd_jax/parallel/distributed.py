@@ -172,14 +172,21 @@ def _detect(timeout: int) -> Cluster:
         raise ValueError('no known kind of cluster')
     on_host = _number('OMPI_COMM_WORLD_LOCAL_SIZE')
     if clusters.SlurmCluster.is_env_present() and not clusters.OmpiCluster.is_env_present():
-        count = _tasks()
-        on_host = 1 if count == _number('SLURM_STEP_NUM_NODES') else 0
+        count, hosts = _tasks(), _number('SLURM_STEP_NUM_NODES')
+        on_host = count // hosts if hosts and count % hosts == 0 else 0
     # JAX gives each process the one GPU of its number. One process for a whole host takes all, and
-    # a launcher that shows each process its own GPU has chosen already.
+    # a launcher that shows each process its own GPUs has chosen already.
     shown = os.environ.get('CUDA_VISIBLE_DEVICES')
-    chosen = (shown is not None and ',' not in shown) or 'JAX_LOCAL_DEVICE_IDS' in os.environ
+    chosen = (shown is not None and ',' not in shown) or any(
+        name in os.environ for name in ('JAX_LOCAL_DEVICE_IDS', 'SLURM_GPUS_PER_TASK')
+    )
     if on_host == 1 or chosen:
         devices = None
+    if devices is not None and on_host:
+        # Fewer processes than GPUs share them.
+        gpus = shown.count(',') + 1 if shown else _number('SLURM_GPUS_ON_NODE')
+        each = max(1, gpus // on_host)
+        devices = [each * i + k for i in devices for k in range(each)]
     return Cluster(address, count, index, None if devices is None else list(devices))
 
 
