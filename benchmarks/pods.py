@@ -5,12 +5,10 @@
 
 Compiles the steps of the shipped configs for v5e:4x4, v5e:8x8, v5p:4x4x4 and v6e:8x8, and sampling
 at 512 x 1024 for one v5e; writes results/pods.json and prints the tables. A row that is there is
-kept (--again: made anew; --only=NAME: some of them). A step that does not fit is tried with its
-batch in more parts, 2, 4, 8, …, and the first that fits is told. `make pods` gives the compiler an
-allocator that suits it.
+kept (--again: made anew; --only=NAME: some of them). `make pods` gives the compiler an allocator
+that suits it.
 """
 
-import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -31,7 +29,6 @@ CONFIGS = [
     for stage in configs.STAGES
 ]
 SAMPLERS = (('text_to_video:sd21', 'v5e:1x1'), ('text_to_video:sd15', 'v5e:1x1'))
-PARTS = 32  # most parts of a batch that are tried
 
 AGAIN = flags.DEFINE_bool('again', False, 'Make rows anew that are there already')
 ONLY = flags.DEFINE_string('only', '', 'Rows with this in their names, such as sd21,content')
@@ -43,19 +40,10 @@ def shipped(name: str, arg: str) -> configs.Config:
 
 
 def train_row(config: configs.Config, place: compile_only.Slice) -> dict:
-    """The cost of the config's stage on a slice, in as few parts as fit."""
-    stage = config.stage
-    while True:
-        report = compile_for.measure(stage, config, place)
-        print(report.lines(), flush=True)
-        section = getattr(config, stage)
-        parts = 2 * section.train.accumulation
-        unit = parts * report.mesh['data'] * report.mesh['fsdp']
-        if report.fits or parts > PARTS or section.train.batch_size % unit:
-            return report.row()
-        train = dataclasses.replace(section.train, accumulation=parts)
-        section = dataclasses.replace(section, train=train)
-        config = dataclasses.replace(config, **{stage: section})
+    """The cost of the config's stage on a slice."""
+    report = compile_for.measure(config.stage, config, place)
+    print(report.lines(), flush=True)
+    return report.row()
 
 
 def sampler_row(config: configs.Config, place: compile_only.Slice) -> dict:

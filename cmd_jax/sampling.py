@@ -40,7 +40,7 @@ def to_frames(
     Args:
       vae: see above.
       video: real clips.
-      at_once: frames of each clip that the VAE takes at a time.
+      at_once: frames that the VAE takes at a time on a device, of all its clips.
       keys: typed PRNG keys [b]: latents are drawn from the posterior rather than its mean.
     """
     pixels = videos.to_float(video)

@@ -15,7 +15,7 @@ def train(**kwargs) -> dict:
         dict(
             batch_size=256,
             steps=100_000,
-            accumulation=1,
+            device_batch=0,
             learning_rate=1e-4,
             schedule='constant',
             warmup_steps=0,
@@ -61,7 +61,7 @@ def base() -> dict:
             timeout=30.0,
             workers=8,
         ),
-        stable_diffusion=dict(source='', posterior='mean', frames_at_once=1),
+        stable_diffusion=dict(source='', posterior='mean', frames_at_once=8),
         mesh=dict(data=-1, fsdp=-1, tensor=-1),
         autoencoder=dict(
             model=dict(

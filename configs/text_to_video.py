@@ -48,7 +48,7 @@ def get_config(arg: str = 'all'):
     config['autoencoder']['loss'].update(l1_weight=0.0, l2_weight=1.0, lpips_weight=0.0)
     config['autoencoder']['train']['steps'] = 500_000
     config['content'].update(
-        model=config['content']['model'] | dict(remat='full'),
+        model=config['content']['model'] | dict(remat='none'),
         process=dict(schedule='scaled_linear', prediction='epsilon', learn_sigma=False),
         sampling=dict(sampler='ddim', steps=50, guidance=7.5),
     )
@@ -57,6 +57,8 @@ def get_config(arg: str = 'all'):
     config['motion']['sampling'].update(guidance=7.5)
     for stage in ('content', 'motion'):
         config[stage]['train']['steps'] = 125_000
+    # Without recomputation; few images at a time, that 16 GiB are enough.
+    config['content']['train']['device_batch'] = 2 if wide else 4
     return common.finish(config, ','.join(words), tiny)
 
 
@@ -72,7 +74,7 @@ def tiny(config: dict):
     config['data'].update(
         source='moving_digits', frames=8, height=32, width=32, stride=1, workers=0
     )
-    config['stable_diffusion'].update(source='runs/tiny_sd', frames_at_once=8)
+    config['stable_diffusion'].update(source='runs/tiny_sd', frames_at_once=128)
     config['autoencoder']['model'].update(dim=128, depth=2, heads=4, remat='none')
     config['autoencoder']['train'] = train(450)
     config['content']['process']['prediction'] = 'v'

@@ -143,6 +143,9 @@ def test_largest_batch(report, monkeypatch):
     first = measure('motion', config, place, False)
     assert compile_for.largest_batch('motion', config, place, first, False) == 15 * 1024 // 10 * 4
     assert len(compiles) < 8
+    # One that goes in parts is measured anew, in one.
+    first = dataclasses.replace(first, accumulation=2)
+    assert compile_for.largest_batch('motion', config, place, first, False) == 15 * 1024 // 10 * 4
 
 
 @pytest.mark.parametrize(

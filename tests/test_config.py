@@ -84,7 +84,7 @@ def change(path, value):
         ('stage', 'movie', ["stage='movie'", 'autoencoder, content, motion, all']),
         ('motion.train.schedule', 'cosin', ["'cosin'", "did you mean 'cosine'"]),
         ('motion.train.precision', 'fp8', ["'fp8'", 'bfloat16']),
-        ('motion.train.accumulation', 3, ['batch_size=8', 'accumulation=3']),
+        ('motion.train.device_batch', -1, ['motion.train.device_batch=-1']),
         ('motion.train.steps', -1, ['motion.train.steps=-1', 'positive']),
     ],
 )

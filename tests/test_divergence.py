@@ -29,6 +29,8 @@ def autoencoder(tmp_path_factory):
 def config(stage, **train):
     tree = tiny.tree(stage)
     tree[stage]['train'].update(train)
+    if 'device_batch' in train:
+        tree['mesh'].update(fsdp=4, tensor=2)  # a batch of 8 leaves two to each
     return configs.parse(tree)
 
 
@@ -71,10 +73,10 @@ def assert_told(printed, report):
     assert ': the same as on 8 x cpu in the run' in printed.splitlines()[-1]
 
 
-@pytest.mark.parametrize('stage, accumulation', [('content', 1), ('motion', 2)])
-def test_run_that_diverges(stage, accumulation, autoencoder, tmp_path):
+@pytest.mark.parametrize('stage, parts', [('content', {}), ('motion', dict(device_batch=1))])
+def test_run_that_diverges(stage, parts, autoencoder, tmp_path):
     shutil.copytree(autoencoder, tmp_path / 'autoencoder')
-    train = dict(learning_rate=1e30, max_nonfinite=3, accumulation=accumulation, clip_norm=0.0)
+    train = dict(learning_rate=1e30, max_nonfinite=3, clip_norm=0.0) | parts
     line = diverge(config(stage, **train), tmp_path)
     records = metrics.read(tmp_path / stage / 'metrics.jsonl')
     assert [r['skipped'] for r in records][-2:] == [1, 2]
@@ -99,7 +101,7 @@ def test_script_ends_with_one_line_and_code_2(tmp_path):
     flags = ['--config=configs/quickstart.py:autoencoder,tiny', f'--workdir={tmp_path}']
     flags += [f'--config.autoencoder.model.{k}={v}' for k, v in model.items()]
     flags += [f'--config.data.{k}={v}' for k, v in dict(frames=4, height=16, width=16).items()]
-    train = dict(learning_rate=1e30, max_nonfinite=2, accumulation=2, warmup_steps=0, log_every=1)
+    train = dict(learning_rate=1e30, max_nonfinite=2, device_batch=4, warmup_steps=0, log_every=1)
     flags += [f'--config.autoencoder.train.{k}={v}' for k, v in train.items()]
     result = script('train.py', *flags)
     (where,) = (tmp_path / 'autoencoder' / 'diverged').iterdir()
@@ -172,7 +174,7 @@ def test_dump_is_of_the_step_at_fault(allowed, autoencoder, tmp_path, faults):
     shutil.copytree(autoencoder, tmp_path / 'autoencoder')
     last = 2 + allowed
     made = faults(*range(3, last + 1))
-    line = diverge(config('motion', max_nonfinite=allowed, accumulation=2), tmp_path)
+    line = diverge(config('motion', max_nonfinite=allowed, device_batch=1), tmp_path)
     (faulty,) = made
     assert max(faulty.params) == last
     where = tmp_path / 'motion' / 'diverged' / str(last)

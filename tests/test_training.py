@@ -25,10 +25,10 @@ from cmd_jax.video import to_float
 from tests import tiny
 
 
-def pieces(name, mesh, accumulation=1):
+def pieces(name, mesh, device_batch=0):
     """(step function, state, its sharding, frozen, batch) of a tiny stage on a mesh."""
     tree = tiny.tree()
-    tree[name]['train'].update(accumulation=accumulation, ema_decay=0.9)
+    tree[name]['train'].update(device_batch=device_batch, ema_decay=0.9)
     tree['motion']['content_noise'] = 0.5
     config = configs.parse(tree)
     networks = {}
@@ -48,9 +48,9 @@ def pieces(name, mesh, accumulation=1):
     return made.step, state, sharding, networks, batch
 
 
-def run(name, mesh, accumulation=1, steps=2):
+def run(name, mesh, device_batch=0, steps=2):
     with jax.set_mesh(mesh):
-        step, state, sharding, networks, batch = pieces(name, mesh, accumulation)
+        step, state, sharding, networks, batch = pieces(name, mesh, device_batch)
         for _ in range(steps):
             state, metrics = step(state, networks, batch, jax.random.key(2))
         assert step._cache_size() == 1, 'one compilation'
@@ -91,12 +91,12 @@ def test_sharded_step_equals_one_device(name):
 
 def test_accumulation_equals_one_batch():
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    assert_same_update(one_device('content'), run('content', mesh, accumulation=4))
+    assert_same_update(one_device('content'), run('content', mesh, device_batch=2))
 
 
 def test_accumulation_on_shards():
     mesh = meshes.make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
-    assert_same_update(one_device('content'), run('content', mesh, accumulation=4))
+    assert_same_update(one_device('content'), run('content', mesh, device_batch=1))
 
 
 def test_parameters_differ_after_a_step():

@@ -137,16 +137,23 @@ def batch_ways(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS['batch'])
 
 
-def check_batch(name: str, batch_size: int, accumulation: int, mesh: jax.sharding.Mesh):
-    """Raises UserError where the batch of a stage does not split over this mesh and the
-    accumulation."""
+def check_batch(name: str, batch_size: int, mesh: jax.sharding.Mesh):
+    """Raises UserError where the batch of a stage does not split over this mesh."""
     ways = batch_ways(mesh)
-    if batch_size % (ways * accumulation):
+    if batch_size % ways:
         raise UserError(
-            f'{name}.train.batch_size={batch_size} is not divisible by {ways} devices x '
-            f'{accumulation} accumulation steps: choose a multiple of {ways * accumulation}, or '
-            'set mesh.fsdp=-1 and mesh.tensor=-1'
+            f'{name}.train.batch_size={batch_size} is not divisible by {ways} devices: choose a '
+            f'multiple of {ways}, or set mesh.fsdp=-1 and mesh.tensor=-1'
         )
+
+
+def accumulation(batch_size: int, device_batch: int, mesh: jax.sharding.Mesh) -> int:
+    """The fewest equal parts of a batch that each leave a device no more than `device_batch`
+    examples; 0: one part."""
+    each = batch_size // batch_ways(mesh)
+    if not device_batch:
+        return 1
+    return next(n for n in range(1, each + 1) if each % n == 0 and each // n <= device_batch)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

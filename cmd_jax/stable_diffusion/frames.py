@@ -29,7 +29,7 @@ def encode_frames(
     Args:
       vae: its factor divides height and width.
       frames: of videos.
-      at_once: most frames of each video that a device encodes together.
+      at_once: frames that a device encodes together, of all its videos; one of each at least.
       keys: typed PRNG keys [b], one a video: latents are drawn from the posterior. A frame's noise
         depends on its video's key and its place in the video alone. Without keys, latents are the
         posterior's mean.
@@ -58,7 +58,7 @@ def decode_frames(
     Args:
       vae: what made the latents.
       latents: of videos.
-      at_once: most frames of each video that a device decodes together.
+      at_once: frames that a device decodes together, of all its videos; one of each at least.
       tile: side of the tiles, in latents, that larger frames are decoded in, see `decode_tiles`.
 
     Raises:
@@ -92,7 +92,7 @@ def in_groups(
 
     def run(params, keys, x, places):
         vae, frames = nnx.merge(graphdef, params), x.shape[1]
-        groups = -(-frames // at_once)
+        groups = -(-frames // max(1, at_once // len(x)))
         size = -(-frames // groups)
 
         def made(start):

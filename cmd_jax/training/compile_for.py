@@ -31,7 +31,8 @@ class Report:
     Attributes:
       stage, slice, chips: what was compiled, and for what.
       mesh: {axis: size}.
-      batch_size, accumulation: of the config.
+      batch_size: of the config.
+      accumulation: parts of it.
       parameters: of the trained network.
       state_bytes: of parameters, their average, gradients' moments and counters, on a chip.
       frozen_bytes: of the networks that are not trained, on a chip.
@@ -40,7 +41,7 @@ class Report:
       model_flops: of a step, on all chips.
       cost: of the program on a chip; None: it does not fit.
       needed: bytes, of a program that does not fit, where the compiler tells.
-      largest_batch: that fits, with this accumulation; None: not looked for.
+      largest_batch: that fits in one part; None: not looked for.
     """
 
     stage: str
@@ -65,6 +66,11 @@ class Report:
         return self.cost is not None and self.cost.peak <= self.memory_bytes
 
     @property
+    def at_a_time(self) -> int:
+        """Examples on a chip."""
+        return self.batch_size // (self.mesh['data'] * self.mesh['fsdp'] * self.accumulation)
+
+    @property
     def step_seconds(self) -> float:
         """Of a step at UTILISATION of the chips' peak."""
         return self.model_flops / self.chips / (compile_only.UTILISATION * self.chip_flops)
@@ -86,7 +92,7 @@ class Report:
         """For people."""
         rows = [
             ('mesh', ', '.join(f'{k} {v}' for k, v in self.mesh.items())),
-            ('batch', f'{self.batch_size} in {self.accumulation} parts'),
+            ('batch', f'{self.batch_size}, {self.at_a_time} at a time on a chip'),
             ('parameters', f'{self.parameters / 1e6:.1f} M'),
             ('state on a chip', gigabytes(self.state_bytes)),
             ('frozen networks', gigabytes(self.frozen_bytes)),
@@ -170,9 +176,7 @@ def measure(
     """The cost of one stage on one slice."""
     section = getattr(config, name)
     train = section.train
-    mesh = make_mesh(
-        **vars(config.mesh), devices=place.devices, batch=train.batch_size // train.accumulation
-    )
+    mesh = make_mesh(**vars(config.mesh), devices=place.devices, batch=train.batch_size)
     classes = known_classes(config)
     stages.check(name, config, classes, mesh)
     with jax.set_mesh(mesh):
@@ -185,7 +189,7 @@ def measure(
             chips=len(place.devices),
             mesh=dict(mesh.shape),
             batch_size=train.batch_size,
-            accumulation=train.accumulation,
+            accumulation=made.stage.accumulation,
             parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(made.abstract.params)),
             state_bytes=bytes_on_chip(made.abstract),
             frozen_bytes=bytes_on_chip(given.networks),
@@ -235,24 +239,24 @@ def replicated(tree) -> dict[str, int]:
 def largest_batch(
     name: str, config: configs.Config, place: compile_only.Slice, report: Report, search: bool
 ) -> int:
-    """The largest batch that fits, a multiple of the config's parts and of the chips that its batch
-    is split over; 0 where not even the smallest one does.
+    """The largest batch that fits in one part, a multiple of the chips that the config's is split
+    over; 0 where not even the smallest one does.
 
     Memory grows about linearly with the batch: what two sizes need tells which one to try next.
     """
-    unit = report.accumulation * report.mesh['data'] * report.mesh['fsdp']
+    unit = report.mesh['data'] * report.mesh['fsdp']
     mesh, room = configs.Mesh(**report.mesh), place.chip.memory
 
     def needed(found: Report) -> float:
         return found.cost.peak if found.cost else max(found.needed or math.inf, room + 1)
 
-    known = {report.batch_size // unit: needed(report)}
+    known = {report.at_a_time: needed(report)} if report.accumulation == 1 else {}
     while True:
         low = max((n for n, x in known.items() if x <= room), default=0)
         high = min((n for n, x in known.items() if x > room), default=None)
         if high is not None and high - low <= 1:
             return low * unit
-        guess = 2 * low if high is None else (low + high) // 2
+        guess = (2 * low or report.at_a_time) if high is None else (low + high) // 2
         finite = sorted((abs(x - room), n, x) for n, x in known.items() if x < math.inf)[:2]
         # Where it is not linear, halving comes to an end sooner.
         if len(finite) == 2 and finite[0][2] != finite[1][2] and (high is None or len(known) < 5):
@@ -260,7 +264,8 @@ def largest_batch(
             guess = a + math.floor((room - x) * (b - a) / (y - x))
         guess = max(guess, low + 1)
         guess = guess if high is None else min(guess, high - 1)
-        train = dataclasses.replace(getattr(config, name).train, batch_size=guess * unit)
-        section = dataclasses.replace(getattr(config, name), train=train)
+        section = getattr(config, name)
+        train = dataclasses.replace(section.train, batch_size=guess * unit, device_batch=0)
+        section = dataclasses.replace(section, train=train)
         changed = dataclasses.replace(config, **{name: section, 'mesh': mesh})
         known[guess] = needed(measure(name, changed, place, search))

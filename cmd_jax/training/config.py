@@ -54,7 +54,7 @@ class StableDiffusion:
 
     source: str  # a folder, a repository id or a name of stable_diffusion.MIRRORS; '': pixel mode
     posterior: str  # the latent of a training frame: 'mean' of the VAE's posterior or a 'sample'
-    frames_at_once: int  # of each clip in the VAE; changes memory and speed alone
+    frames_at_once: int  # in the VAE of a device; changes memory and speed alone
 
 
 @record
@@ -70,9 +70,9 @@ class Mesh:
 class Train:
     """Optimisation and bookkeeping of one stage."""
 
-    batch_size: int  # over all devices and accumulation steps
+    batch_size: int  # over all devices
     steps: int
-    accumulation: int  # batches are split into so many parts, one after the other
+    device_batch: int  # most examples on a device at a time; more go in parts; 0: no limit
     learning_rate: float
     schedule: str  # behind the warm-up: 'constant' or 'cosine' (to zero)
     warmup_steps: int
@@ -229,13 +229,6 @@ def parse(tree: dict) -> Config:
             continue
         elif type(value) in (int, float) and value <= 0:
             raise UserError(f'{path}={value} must be positive')
-    for stage in STAGES:
-        train = getattr(config, stage).train
-        if train.batch_size % train.accumulation:
-            raise UserError(
-                f'{stage}.train.batch_size={train.batch_size} is not divisible by '
-                f'{stage}.train.accumulation={train.accumulation}: change one of them'
-            )
     check_modes(config)
     return config
 
@@ -309,6 +302,7 @@ BOUNDS = {
     'clip_norm': (0.0, MANY),
     'preview_every': (0, MANY),
     'keep_every': (0, MANY),
+    'device_batch': (0, MANY),
     'l1_weight': (0.0, MANY),
     'l2_weight': (0.0, MANY),
     'lpips_weight': (0.0, MANY),

@@ -237,8 +237,7 @@ def replay(where: Path, stored: Dump) -> dict:
         if not path.exists():
             raise UserError(f'--dump={where}: {path} is missing: leave the dump in its run')
     config = configs.load(folder / 'config.json')
-    train = getattr(config, name).train
-    mesh = make_mesh(**vars(config.mesh), batch=train.batch_size // train.accumulation)
+    mesh = make_mesh(**vars(config.mesh), batch=getattr(config, name).train.batch_size)
     data = stages.load_data(config)
     stages.check(name, config, len(data.class_names), mesh)
     with jax.set_mesh(mesh):

@@ -52,9 +52,8 @@ def train(
     names = configs.STAGES if config.stage == 'all' else (config.stage,)
     meshes = {}
     for name in names:
-        settings = getattr(config, name).train
-        at_a_time = settings.batch_size // settings.accumulation
-        meshes[name] = make_mesh(**vars(config.mesh), batch=at_a_time)
+        batch = getattr(config, name).train.batch_size
+        meshes[name] = make_mesh(**vars(config.mesh), batch=batch)
         batch_share(meshes[name])
         check_config(name, config, workdir / name, force_config)
     data = stages.load_data(config)
@@ -235,8 +234,8 @@ def compile_step(made: program.Program, state, networks: dict, batch: dict, key,
             raise
         raise UserError(
             f'{name}: the step does not fit into the memory of the devices '
-            f'({str(e).splitlines()[0][:200]}): raise {name}.train.accumulation='
-            f'{made.stage.train.accumulation} or take more devices'
+            f'({str(e).splitlines()[0][:200]}): choose a smaller '
+            f'{name}.train.device_batch, or take more devices'
         ) from e
     table = parameter_overview.get_parameter_overview(state.params, include_stats='sharding')
     logging.info('%s on %s\n%s', name, dict(mesh.shape), table)

@@ -32,11 +32,11 @@ class Frames:
 
     Attributes:
       sampled: latents are drawn from the VAE's posterior; else they are its mean.
-      at_once: frames of each clip that the VAE takes at a time.
+      at_once: frames that the VAE takes at a time on a device, of all its clips.
     """
 
     sampled: bool = False
-    at_once: int = 1
+    at_once: int = 8
 
     def __call__(self, frozen: dict, batch: dict, keys: Array) -> Float[Array, 'b t h w c']:
         # Not the keys themselves: the losses split those.

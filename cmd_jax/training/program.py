@@ -60,7 +60,7 @@ def make(stage: Stage) -> Program:
     """The program of a stage; to be called with its mesh set."""
     settings, tx = stage.train, states.optimizer(stage.train)
     graphdef, abstract, init = states.prepare(stage.make_model, tx, stage.mesh)
-    about = dict(graphdef=graphdef, loss=stage.loss, accumulation=settings.accumulation)
+    about = dict(graphdef=graphdef, loss=stage.loss, accumulation=stage.accumulation)
     step = jax.jit(
         functools.partial(states.train_step, tx=tx, ema_decay=settings.ema_decay, **about),
         donate_argnames='state',

@@ -13,7 +13,7 @@ from cmd_jax.data import sources
 from cmd_jax.diffusion import timesteps
 from cmd_jax.errors import UserError
 from cmd_jax.interop.files import NAMES, read_state_dict
-from cmd_jax.parallel.mesh import check_batch, param_sharding, path_name
+from cmd_jax.parallel.mesh import accumulation, check_batch, param_sharding, path_name
 from cmd_jax.parallel.placement import put
 from cmd_jax.training import config as configs
 from cmd_jax.training import losses, parts, previews
@@ -26,6 +26,7 @@ class Stage:
     Attributes:
       name: 'autoencoder', 'content' or 'motion'.
       train: its optimisation section of the config.
+      accumulation: parts of a batch, which go through the networks one after the other.
       mesh: of devices.
       make_model: rngs -> network.
       start: () -> {path: array} of the parameters that do not begin at random.
@@ -36,6 +37,7 @@ class Stage:
 
     name: str
     train: configs.Train
+    accumulation: int
     mesh: jax.sharding.Mesh
     make_model: Callable[[nnx.Rngs], nnx.Module]
     start: Callable[[], dict]
@@ -89,7 +91,7 @@ def check(name: str, config: configs.Config, classes: int, mesh):
     """Raises UserError for what the config of a stage cannot mean, or does not split over a mesh;
     costs nothing."""
     section = getattr(config, name)
-    check_batch(name, section.train.batch_size, section.train.accumulation, mesh)
+    check_batch(name, section.train.batch_size, mesh)
     if name == 'autoencoder':
         units, what = [config.data.frames], 'frames'
     elif name == 'content' and config.condition == 'text':
@@ -99,10 +101,9 @@ def check(name: str, config: configs.Config, classes: int, mesh):
         units, what = [section.model.heads], 'heads'
     if any(unit % mesh.shape['tensor'] for unit in units):
         raise UserError(
-            f'{name}.train.batch_size={section.train.batch_size} in {section.train.accumulation} '
-            f'parts on {mesh.size} devices: the mesh is {dict(mesh.shape)}, and its tensor axis '
-            f'does not divide {what} of {units}: choose a batch that splits over more devices, or '
-            'set config.mesh'
+            f'{name}.train.batch_size={section.train.batch_size} on {mesh.size} devices: the mesh '
+            f'is {dict(mesh.shape)}, and its tensor axis does not divide {what} of {units}: choose '
+            'a batch that splits over more devices, or set config.mesh'
         )
     nnx.eval_shape(lambda: parts.make_network(name, config, classes, nnx.Rngs(0)))
     if name == 'autoencoder':
@@ -123,6 +124,7 @@ def make(name: str, config: configs.Config, classes: int, mesh) -> Stage:
     common = dict(
         name=name,
         train=section.train,
+        accumulation=accumulation(section.train.batch_size, section.train.device_batch, mesh),
         mesh=mesh,
         make_model=lambda rngs: parts.make_network(name, config, classes, rngs),
     )
