@@ -34,18 +34,7 @@ def tree(stage: str = 'all', **changes) -> dict:
         tree[part]['model']['heads'] = 4  # that a tensor axis can split
         tree[part]['train'].update(steps=STEPS, **TRAIN)
     tree['motion']['statistics_clips'] = 16
-    return changed(tree, **changes)
-
-
-def changed(tree: dict, **changes) -> dict:
-    """With part__section__name=value set."""
-    for path, value in changes.items():
-        *sections, name = path.split('__')
-        section = tree
-        for word in sections:
-            section = section[word]
-        section[name] = value
-    return tree
+    return tiny.changed(tree, **changes)
 
 
 def flags(tree: dict, path: str = '--config') -> list[str]:

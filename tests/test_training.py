@@ -89,6 +89,12 @@ def test_sharded_step_equals_one_device(name):
     assert_same_update(one_device(name), sharded)
 
 
+def test_parts_of_a_batch():
+    mesh = meshes.make_mesh(fsdp=4, tensor=2)
+    for batch, device_batch, expected in ((48, 0, 1), (48, 12, 1), (48, 5, 3), (48, 1, 12)):
+        assert meshes.accumulation(batch, device_batch, mesh) == expected
+
+
 def test_accumulation_equals_one_batch():
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     assert_same_update(one_device('content'), run('content', mesh, device_batch=2))

@@ -40,6 +40,11 @@ def text_tree(folder, stage='all', **changes) -> dict:
         tree[part]['train'].update(batch_size=8, steps=4, log_every=1, warmup_steps=2)
     for part in ('content', 'motion'):
         tree[part]['sampling']['steps'] = 2
+    return changed(tree, **changes)
+
+
+def changed(tree: dict, **changes) -> dict:
+    """With part__section__name=value set."""
     for path, value in changes.items():
         *sections, name = path.split('__')
         section = tree
