@@ -22,7 +22,7 @@ from tests import tiny
 from tests.test_distributed import clean, environment, free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 8
+STEPS = 20
 SOURCE = 'moving_digits:16'  # an epoch is two batches
 # At a constant rate the curve does not depend on how long it is to become.
 TRAIN = dict(schedule='constant', save_every=STEPS // 2, keep_checkpoints=3, preview_every=0)

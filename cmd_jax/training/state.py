@@ -159,13 +159,16 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+
+    def kept(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    params = kept(optax.apply_updates(state.params, updates), state.params)
+    opt_state = kept(opt_state, state.opt_state)
     # The average follows fast at first: the first thousand steps would otherwise be noise.
     decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    ema = optax.incremental_update(params, state.ema, 1 - decay)
-    new = (params, ema, opt_state)
-    old = (state.params, state.ema, state.opt_state)
-    params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    # Of the parameters that are kept, or a TPU would write the others, too.
+    ema = kept(optax.incremental_update(params, state.ema, 1 - decay), state.ema)
     bad = 1 - finite.astype(jnp.int32)
     state = TrainState(
         state.step + 1, (state.nonfinite + 1) * bad, state.skipped + bad, params, ema, opt_state
