@@ -61,7 +61,7 @@ benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
 	$(BIN)/python -m benchmarks.data
 
 pods: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=2000:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-pods: $(STAMPS)/requirements-tpu-compile.txt  ## What training costs on TPU slices, by their compiler: an hour for all configs.
+pods: $(STAMPS)/requirements-tpu-compile.txt  ## What training costs on TPU slices, by their compiler: less than an hour for all configs.
 	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.pods
 
 clean:  ## Removes .venv and every cache; runs/ stays.
