@@ -9,7 +9,7 @@ nothing is saved or previewed within them. Each window of the loop is compared w
 bare ones right before and behind it. Other work on the machine shows in the spread.
 
 The last column is what the host does for a step, from windows in which the step itself is left out:
-most of it is hidden behind the devices' work, so that it bounds the overhead from above, and decides
+most of it is hidden behind the devices' work, so that it bounds the overhead from above. It decides
 where the windows differ by more than the target.
 """
 
