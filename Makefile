@@ -31,7 +31,7 @@ text: $(STAMPS)/requirements.txt runs/tiny_sd/model_index.json  ## The same for 
 runs/tiny_sd/model_index.json: | $(STAMPS)/requirements.txt
 	$(BIN)/python -m cmd_jax.stable_diffusion.make --family=tiny --out=runs/tiny_sd
 
-test: lint $(STAMPS)/requirements-weights.txt $(STAMPS)/requirements-beam.txt $(STAMPS)/requirements-tpu-compile.txt  ## Lint, format check and the test suite.
+test: lint $(STAMPS)/requirements-weights.txt $(STAMPS)/requirements-beam.txt $(STAMPS)/requirements-tpu-compile.txt $(CLIPS)/complete  ## Lint, format check and the test suite.
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMPS)/requirements-dev.txt  ## Lint and format check.

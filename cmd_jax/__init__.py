@@ -33,7 +33,7 @@ _MODULES = {
     'VideoAutoencoder': 'models.autoencoder',
     'load': 'generate',
 }
-_PACKAGES = ('diffusion', 'interop', 'stable_diffusion')
+_PACKAGES = ('diffusion', 'evaluation', 'interop', 'stable_diffusion')
 
 __all__ = [*_MODULES, *_PACKAGES]
 

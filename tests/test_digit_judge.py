@@ -1,5 +1,4 @@
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -7,7 +6,6 @@ from scipy import ndimage
 
 from cmd_jax.data.moving_digits import DIRECTIONS
 from cmd_jax.evaluation import digit_judge
-from cmd_jax.evaluation.distances import psnr
 
 SIZES = {'frames': 8, 'height': 32, 'width': 32}
 
@@ -189,20 +187,3 @@ def test_what_stands_still_or_is_not_there_has_no_direction():
     assert set(digit_judge.direction(once)) == {-1}
     slow, faster = (blob(line(speed, 0.0))[None] for speed in (0.17, 0.23))
     assert digit_judge.direction(np.concatenate([slow, faster])).tolist() == [-1, 0]
-
-
-@pytest.mark.usefixtures('unchecked_types')
-def test_psnr():
-    video = np.full((3, 2, 4, 4, 3), 100, np.uint8)
-    assert psnr(video, video) == math.inf
-    assert psnr(video, video + 10) == pytest.approx(10 * math.log10(255**2 / 100))
-    # Differences below zero count as much as above: uint8 must not wrap around.
-    assert psnr(video, video - 10) == pytest.approx(psnr(video, video + 10))
-    one, two = np.zeros_like(video), np.zeros_like(video)
-    two[0], two[1], two[2] = 255, 51, 5
-    expected = np.mean([0, 20 * math.log10(5), 20 * math.log10(51)])
-    assert psnr(one, two) == pytest.approx(expected)
-    with pytest.raises(ValueError, match='equal shapes'):
-        psnr(video, video[:1])
-    with pytest.raises(ValueError, match='uint8'):
-        psnr(video, video / 255)

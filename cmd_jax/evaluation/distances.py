@@ -1,22 +1,164 @@
-"""Distances between videos, for evaluation: uint8 in, NumPy out."""
+"""Distances between videos and between sets of features: uint8 in, float64 NumPy out.
 
+Videos are uint8 [n t h w c] and nothing else: floats in another range would give a number, and a
+wrong one. Functions of pairs give a value for each pair, whose mean is the usual figure.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from absl import logging
+from jaxtyping import Array, Float, UInt8
+
+from cmd_jax.evaluation.moments import Moments
+
+_PEAK = 255.0
+# Of SSIM: the window's side and deviation in pixels, and what keeps its fractions from 0 / 0.
+_WINDOW, _SIGMA = 11, 1.5
+_K1, _K2 = 0.01, 0.03
 
 
-def psnr(a: UInt8[np.ndarray, 'n t h w c'], b: UInt8[np.ndarray, 'n t h w c']) -> float:
-    """Peak signal-to-noise ratio in dB, of each clip, averaged over the clips.
+def check_videos(**videos: np.ndarray):
+    """Raises ValueError unless all are non-empty uint8 [n t h w c], by name."""
+    for name, x in videos.items():
+        if getattr(x, 'dtype', None) != np.uint8 or x.ndim != 5 or not x.size:
+            found = f'{getattr(x, "dtype", type(x).__name__)} {list(np.shape(x))}'
+            raise ValueError(f'{name} must be uint8 videos [n t h w c], got {found}')
+
+
+def check_pairs(a: np.ndarray, b: np.ndarray):
+    """Raises ValueError unless both are videos of one shape."""
+    check_videos(a=a, b=b)
+    if a.shape != b.shape:
+        raise ValueError(f'videos are compared in pairs of equal shape, got {a.shape}, {b.shape}')
+
+
+def over_pairs(values: Float[np.ndarray, 'n'], mean: bool) -> float | Float[np.ndarray, 'n']:
+    """Their mean, or the values."""
+    return float(np.mean(values)) if mean else values
+
+
+def psnr(
+    a: UInt8[np.ndarray, 'n t h w c'], b: UInt8[np.ndarray, 'n t h w c'], *, mean: bool = True
+) -> float | Float[np.ndarray, 'n']:
+    """Peak signal-to-noise ratio of pairs of clips, in dB.
 
     10 log10(255^2 / MSE) with the mean squared error over one whole clip. A pair of identical clips
-    has infinite PSNR, and so has then the average: it means equal, not a failure.
+    has infinite PSNR, and so has then the mean: it means equal, not a failure.
 
     Raises:
-      ValueError: shapes differ, nothing was given, or the videos are not uint8.
+      ValueError: not uint8 videos, or of different shapes.
     """
-    if a.shape != b.shape or not len(a):
-        raise ValueError(f'psnr compares equal shapes of at least one clip: {a.shape}, {b.shape}')
-    if a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise ValueError(f'psnr is over uint8 with peak 255, got {a.dtype} and {b.dtype}')
-    squared = np.square(a.astype(np.float64) - b.astype(np.float64))
+    check_pairs(a, b)
+    squared = [np.square(x.astype(np.float64) - y.astype(np.float64)).mean() for x, y in zip(a, b)]
     with np.errstate(divide='ignore'):
-        return float(np.mean(10 * np.log10(255**2 / squared.reshape(len(a), -1).mean(axis=1))))
+        return over_pairs(10 * np.log10(_PEAK**2 / np.array(squared)), mean)
+
+
+def ssim(
+    a: UInt8[np.ndarray, 'n t h w c'], b: UInt8[np.ndarray, 'n t h w c'], *, mean: bool = True
+) -> float | Float[np.ndarray, 'n']:
+    """Structural similarity of pairs of clips: the mean over frames, channels and pixels.
+
+    Wang, Bovik, Sheikh and Simoncelli, "Image Quality Assessment: From Error Visibility to
+    Structural Similarity", 2004, with its Gaussian window of 11 x 11 pixels and deviation 1.5, and
+    population covariances; windows that reach over the border are left out. scikit-image's
+    `structural_similarity` of the authors' settings.
+
+    Raises:
+      ValueError: not uint8 videos, of different shapes, or of frames below 11 x 11.
+    """
+    check_pairs(a, b)
+    if min(a.shape[2:4]) < _WINDOW:
+        raise ValueError(f'ssim needs frames of {_WINDOW} x {_WINDOW} and more, got {a.shape[2:4]}')
+    return over_pairs(np.array([_ssim(x, y) for x, y in zip(a, b)], np.float64), mean)
+
+
+@jax.jit
+def _ssim(a: UInt8[Array, 't h w c'], b: UInt8[Array, 't h w c']) -> Float[Array, '']:
+    # Variances are small differences of large squares: they are taken about the middle grey.
+    a, b = (x.astype(jnp.float32) - _PEAK / 2 for x in (a, b))
+    mean_a, mean_b = _blur(a), _blur(b)
+    var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
+    cov = _blur(a * b) - mean_a * mean_b
+    mean_a, mean_b = mean_a + _PEAK / 2, mean_b + _PEAK / 2
+    c1, c2 = (_K1 * _PEAK) ** 2, (_K2 * _PEAK) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * cov + c2) / (var_a + var_b + c2)
+    return jnp.mean(luminance * structure)
+
+
+def _blur(x: Array) -> Array:
+    """The Gaussian window, separably; what reaches over the border is cut off."""
+    offsets = np.arange(_WINDOW) - _WINDOW // 2
+    window = np.exp(-(offsets**2) / (2 * _SIGMA**2))
+    window = window / window.sum()
+    for axis in (1, 2):
+        size = x.shape[axis] - _WINDOW + 1
+        x = sum(w * jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i, w in enumerate(window))
+    return x
+
+
+def frechet_distance(
+    a: Moments | Float[np.ndarray, 'n d'], b: Moments | Float[np.ndarray, 'm d']
+) -> float:
+    """Of the Gaussians with the moments of two sets of features, in float64:
+
+        |mu_a - mu_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2))
+
+    (Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500, equation 6). With factors
+    C = F^T F the last trace is the sum of the singular values of F_a F_b^T: no root of a matrix
+    that is not symmetric, and nothing to add to the diagonal where there are few features. Says so
+    in the log where there are fewer features than dimensions: the distance of such sets is biased
+    upwards, by more the fewer there are.
+    """
+    a, b = (x if isinstance(x, Moments) else Moments.of(x) for x in (a, b))
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f'features of different sizes: {a.mean.shape[0]}, {b.mean.shape[0]}')
+    fewest = min(a.count, b.count)
+    if fewest <= len(a.mean):
+        warn_of_few(fewest, len(a.mean))
+    common = np.linalg.svd(_factor(a.covariance) @ _factor(b.covariance).T, compute_uv=False)
+    traces = np.trace(a.covariance) + np.trace(b.covariance)
+    return float(np.sum((a.mean - b.mean) ** 2) + traces - 2 * common.sum())
+
+
+@functools.cache
+def warn_of_few(features: int, dimensions: int):
+    """Says once in a process what a distance of so few features is worth."""
+    logging.warning(
+        'Frechet distance of %d features of %d dimensions: so few make it far too large; it can be '
+        'compared with that of sets of the same size alone',
+        *(features, dimensions),
+    )
+
+
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """F with F^T F the covariance. Directions without variance are left out: rounding gives them
+    some, whose roots would add up."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+
+
+def kernel_distance(a: Float[np.ndarray, 'n d'], b: Float[np.ndarray, 'm d']) -> float:
+    """Squared maximum mean discrepancy of two sets of features under (x.y / d + 1)^3.
+
+    The unbiased estimate (Binkowski et al. 2018, arXiv 1801.01401; Gretton et al. 2012, lemma 6):
+    its expectation does not depend on the number of features, and is 0 for equal distributions;
+    single values may be negative.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError('the kernel distance needs two features of each kind')
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x):
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())

@@ -76,6 +76,17 @@ TEXT_DEFAULTS = {
     'layer_norm_eps': 1e-5,
     'eos_token_id': 49407,
 }
+# The same of its vision_config.
+IMAGE_DEFAULTS = {
+    'hidden_size': 768,
+    'intermediate_size': 3072,
+    'num_hidden_layers': 12,
+    'num_attention_heads': 12,
+    'image_size': 224,
+    'patch_size': 32,
+    'hidden_act': 'quick_gelu',
+}
+IMAGE_FIXED = TEXT_FIXED | {'model_type': 'clip_vision_model', 'num_channels': 3}
 # Attention is computed in float32 where it has to be, whatever upcast_attention says.
 UNET_IGNORED = {'sample_size', 'upcast_attention'}
 VAE_IGNORED = {'sample_size', 'force_upcast'}
@@ -103,8 +114,10 @@ TEXT_IGNORED = {
     *'tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torchscript'.split(),
     *'typical_p use_bfloat16'.split(),
 }
-# Of a whole CLIP model: its image encoder, and what compares images with texts.
-CLIP_IGNORED = TEXT_IGNORED | {'logit_scale_init_value', 'vision_config', 'vision_config_dict'}
+# Of a whole CLIP model: its encoders, which have fields of their own, and a scale of its logits.
+CLIP_FIXED = TEXT_FIXED | {'model_type': 'clip'}
+CLIP_IGNORED = TEXT_IGNORED | {'logit_scale_init_value'}
+CLIP_IGNORED |= {f'{part}_config{old}' for part in ('text', 'vision') for old in ('', '_dict')}
 
 
 class Fields:
@@ -202,28 +215,62 @@ def text_encoder(where: str, tree: dict) -> dict:
             "whole CLIP model ('clip')"
         )
     if kind == 'clip':
-        whole = Fields(where, tree, TEXT_FIXED | {'model_type': 'clip'}, CLIP_IGNORED)
-        tree = TEXT_DEFAULTS | (whole.take('text_config', None) or {})
-        # A name of old files; transformers reads it first, with the same defaults.
-        old = whole.take('text_config_dict', None)
-        tree = tree if old is None else tree | TEXT_DEFAULTS | old
-        whole.done()
+        tree = of_whole(where, tree, 'text_config', TEXT_DEFAULTS)
     fields = Fields(where, tree, TEXT_FIXED, TEXT_IGNORED)
-    activation = fields.take('hidden_act')
-    if activation not in ACTIVATIONS:
-        raise UserError(f'{where}: hidden_act={activation!r}: one of {", ".join(ACTIVATIONS)}')
     end = fields.take('eos_token_id', 2)
     vocabulary = fields.take('vocab_size')
     arguments = dict(
         vocabulary=vocabulary,
         length=fields.take('max_position_embeddings'),
-        dim=fields.take('hidden_size'),
-        depth=fields.take('num_hidden_layers'),
-        heads=fields.take('num_attention_heads'),
-        hidden=fields.take('intermediate_size'),
-        activation=activation,
+        **transformer(fields),
         # Old files say 2 and mean the last token of the vocabulary.
         end=vocabulary - 1 if end == 2 else end,
     )
     fields.done()
     return arguments
+
+
+def image_encoder(where: str, tree: dict) -> dict:
+    """Arguments of `evaluation.networks.clip.ImageEncoder` for the config.json of a CLIP model."""
+    kind = tree.get('model_type')
+    if kind != 'clip':
+        raise UserError(f"{where}: model_type={kind!r}: give a whole CLIP model ('clip')")
+    fields = Fields(
+        where,
+        of_whole(where, tree, 'vision_config', IMAGE_DEFAULTS),
+        IMAGE_FIXED,
+        TEXT_IGNORED,
+    )
+    arguments = dict(
+        size=fields.take('image_size'),
+        patch=fields.take('patch_size'),
+        projected=tree.get('projection_dim', 512),
+        **transformer(fields),
+    )
+    fields.done()
+    return arguments
+
+
+def of_whole(where: str, tree: dict, part: str, defaults: dict) -> dict:
+    """The fields of an encoder in the config.json of a whole CLIP model."""
+    fields = Fields(where, tree, CLIP_FIXED, CLIP_IGNORED)
+    fields.done()
+    # The second is a name of old files; transformers reads it first, with the same defaults.
+    given, old = tree.get(part) or {}, tree.get(f'{part}_dict')
+    return defaults | given if old is None else defaults | given | defaults | old
+
+
+def transformer(fields: Fields) -> dict:
+    """The arguments that both of CLIP's encoders have."""
+    activation = fields.take('hidden_act')
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f'{fields.where}: hidden_act={activation!r}: one of {", ".join(ACTIVATIONS)}'
+        )
+    return dict(
+        dim=fields.take('hidden_size'),
+        depth=fields.take('num_hidden_layers'),
+        heads=fields.take('num_attention_heads'),
+        hidden=fields.take('intermediate_size'),
+        activation=activation,
+    )

@@ -24,9 +24,9 @@ def quick_gelu(x: Array) -> Array:
 ACTIVATIONS = {'quick_gelu': quick_gelu, 'gelu': gelu}
 
 
-class CausalAttention(nnx.Module):
-    def __init__(self, dim: int, heads: int, *, dtype, rngs):
-        self.heads = heads
+class Attention(nnx.Module):
+    def __init__(self, dim: int, heads: int, causal: bool, *, dtype, rngs):
+        self.heads, self.causal = heads, causal
         kwargs = dict(dtype=dtype, rngs=rngs)
         self.q_proj, self.k_proj = linear(dim, dim, **kwargs), linear(dim, dim, **kwargs)
         self.v_proj, self.out_proj = linear(dim, dim, **kwargs), linear(dim, dim, **kwargs)
@@ -36,8 +36,8 @@ class CausalAttention(nnx.Module):
             shard(rearrange(layer(x), 'b n (h d) -> b n h d', h=self.heads), 'batch', None, 'heads')
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # 77 tokens: nothing for a kernel of ours to gain.
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        # 77 tokens, or 50 patches: nothing for a kernel of ours to gain.
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(rearrange(out, 'b n h d -> b n (h d)'))
 
 
@@ -53,10 +53,10 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, dim, heads, hidden, activation, *, dtype, rngs):
+    def __init__(self, dim, heads, hidden, activation, causal, *, dtype, rngs):
         kwargs = dict(dtype=dtype, rngs=rngs)
         self.layer_norm1 = nnx.LayerNorm(dim, epsilon=1e-5, **kwargs)
-        self.self_attn = CausalAttention(dim, heads, **kwargs)
+        self.self_attn = Attention(dim, heads, causal, **kwargs)
         self.layer_norm2 = nnx.LayerNorm(dim, epsilon=1e-5, **kwargs)
         self.mlp = Mlp(dim, hidden, activation, **kwargs)
 
@@ -75,22 +75,27 @@ class Embeddings(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, depth: int, *sizes, dtype, rngs):
-        self.layers = nnx.List([Layer(*sizes, dtype=dtype, rngs=rngs) for _ in range(depth)])
+    """CLIP's transformer, of texts (causal) and of images."""
+
+    def __init__(self, depth: int, *sizes, causal: bool, dtype, rngs):
+        kwargs = dict(causal=causal, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Layer(*sizes, **kwargs) for _ in range(depth)])
+
+    def __call__(self, x: Float[Array, 'b n k']) -> Float[Array, 'b n k']:
+        # Files and checkpoints name the layers one by one; a loop compiles in the time of one.
+        layers = restack(list(self.layers))
+        return run_stack(layers, x, lambda layer, x: layer(x), remat='none')
 
 
 class TextTransformer(nnx.Module):
     def __init__(self, vocabulary, length, dim, depth, heads, hidden, activation, *, dtype, rngs):
         kwargs = dict(dtype=dtype, rngs=rngs)
         self.embeddings = Embeddings(vocabulary, length, dim, **kwargs)
-        self.encoder = Encoder(depth, dim, heads, hidden, activation, **kwargs)
+        self.encoder = Encoder(depth, dim, heads, hidden, activation, causal=True, **kwargs)
         self.final_layer_norm = nnx.LayerNorm(dim, epsilon=1e-5, **kwargs)
 
     def __call__(self, ids: Int[Array, 'b n']) -> Float[Array, 'b n k']:
-        x = shard(self.embeddings(ids), 'batch', None, None)
-        # Files and checkpoints name the layers one by one; a loop compiles in the time of one.
-        layers = restack(list(self.encoder.layers))
-        x = run_stack(layers, x, lambda layer, x: layer(x), remat='none')
+        x = self.encoder(shard(self.embeddings(ids), 'batch', None, None))
         return self.final_layer_norm(x).astype(jnp.float32)
 
 

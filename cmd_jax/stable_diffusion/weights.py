@@ -4,7 +4,7 @@ The attribute paths of the modules are the parameters' names, but for the last w
 
     kernel [in out], [kh kw in out]  <->  weight [out in], [out in kh kw]
     scale, embedding                 <->  weight
-    bias                             <->  bias
+    all others                       <->  the same name
 """
 
 import json
@@ -22,7 +22,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import param_sharding
 from cmd_jax.parallel.placement import put
 
-WORDS = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias'}
+WORDS = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight'}
 # Buffers of old files that are no parameters.
 SKIPPED = r'(.*\.)?position_ids'
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt')
@@ -106,7 +106,7 @@ def find_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
 def name_of(path: tuple) -> str:
     """The name in a file of the parameter at a path of the module."""
     *module, last = (str(word) for word in path)
-    return '.'.join([*module, WORDS[last]])
+    return '.'.join([*module, WORDS.get(last, last)])
 
 
 def to_ours(x: np.ndarray, path: tuple) -> np.ndarray:
