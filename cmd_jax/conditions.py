@@ -1,13 +1,15 @@
-"""What is asked of a generator: classes or prompts, checked, and as the networks take them."""
+"""What a generator is asked for: classes, prompts, pictures; checked, and as networks take them."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Int, Shaped, UInt8
 
+from cmd_jax.data.clips import fit_frame
 from cmd_jax.errors import UserError
-from cmd_jax.models.content import ContentDiT
 from cmd_jax.models.motion import MotionDiT
 from cmd_jax.stable_diffusion import StableDiffusion
 
@@ -25,7 +27,7 @@ class Conditions:
     motion_null: Shaped[Array, 'n *l']
 
 
-def of_labels(network: ContentDiT, labels: Int[Array, 'n']) -> Conditions:
+def of_labels(network: MotionDiT, labels: Int[Array, 'n']) -> Conditions:
     """Of classes; guidance leads away from none."""
     null = network.null_condition(labels)
     return Conditions(labels, null, labels, null)
@@ -89,3 +91,23 @@ def check_prompts(prompt: str | Sequence[str] | None, num_videos: int | None) ->
         raise UserError('prompt is empty: give at least one')
     n = num_videos or len(prompts)
     return [prompts[i % len(prompts)] for i in range(n)]
+
+
+def check_bytes(name: str, x: np.ndarray):
+    """Floats in another range would pass as videos, and look like noise."""
+    if np.asarray(x).dtype != np.uint8:
+        raise UserError(f'{name} has the type {np.asarray(x).dtype}: give uint8 in 0..255')
+
+
+def fit_image(image: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, 'h w 3']:
+    """The middle of a picture, scaled to a size."""
+    image = np.asarray(image)
+    check_bytes('image', image)
+    if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+        raise UserError(f'image has the shape {image.shape}: give RGB, (height, width, 3)')
+    if image.shape[:2] == (height, width):
+        return image
+    logging.warning(
+        'image of %d x %d: scaled, and its middle of %d x %d used', *image.shape[:2], height, width
+    )
+    return fit_frame(image, height, width)

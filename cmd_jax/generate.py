@@ -7,8 +7,7 @@ size and the number of devices.
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -19,9 +18,9 @@ from jaxtyping import Array, Int, UInt8
 
 from cmd_jax import conditions, sampling, stable_diffusion
 from cmd_jax.conditions import Conditions
-from cmd_jax.data.clips import fit_frame
 from cmd_jax.errors import UserError
-from cmd_jax.parallel.mesh import batch_sharding, make_mesh
+from cmd_jax.parallel import batches
+from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.training import config as configs
 from cmd_jax.training import parts, trained
 
@@ -30,7 +29,8 @@ class Generator:
     """The three trained parts of a run.
 
     Attributes:
-      autoencoder, content, motion: the networks, with averaged parameters.
+      autoencoder, content, motion: the networks, with averaged parameters; None where the stage was
+        not loaded.
       stable_diffusion: the pretrained VAE, text encoder and tokenizer, the run's content network in
         the place of the U-Net; None for a run on pixels.
       config: {stage: the Config that it was trained with}.
@@ -48,29 +48,39 @@ class Generator:
         cost: dict[str, dict[str, float]],
         mesh: jax.sharding.Mesh,
     ):
-        self.autoencoder = stages['autoencoder'].network
-        self.content, self.motion = stages['content'].network, stages['motion'].network
-        self.statistics = stages['motion'].statistics
         self.config = {name: stage.config for name, stage in stages.items()}
         self.steps = {name: stage.step for name, stage in stages.items()}
-        self.class_names = stages['content'].class_names
         self.cost, self.mesh = cost, mesh
-        self.content_process = parts.make_process(self.config['content'].content.process)
-        self.motion_process = parts.make_process(self.config['motion'].motion.process)
-        self.text = self.config['content'].condition == 'text'
+        self.autoencoder = stages['autoencoder'].network
         self._at_once = self.config['autoencoder'].stable_diffusion.frames_at_once
-        self.stable_diffusion, self._motion_text = None, None
-        source = self.config['content'].stable_diffusion.source
+        self.content = self.motion = self.statistics = self._motion_text = None
+        self.class_names, self.text = stages['autoencoder'].class_names, False
+        if 'content' in stages:
+            self.content = stages['content'].network
+            self.content_process = parts.make_process(self.config['content'].content.process)
+        if 'motion' in stages:
+            self.motion, self.statistics = stages['motion'].network, stages['motion'].statistics
+            self.motion_process = parts.make_process(self.config['motion'].motion.process)
+        for stage in set(stages) - {'autoencoder'}:
+            self.class_names = stages[stage].class_names
+            self.text = self.config[stage].condition == 'text'
+        self._load_frozen()
+
+    def _load_frozen(self):
+        """The pretrained parts that the stages at hand need."""
+        config = self.config.get('content', self.config['autoencoder'])
+        source = config.stable_diffusion.source
+        self.stable_diffusion = None
         if source:
             wanted = ('vae', 'text_encoder') if self.text else ('vae',)
-            pipeline = parts.load_frozen(source, wanted, mesh)
+            pipeline = parts.load_frozen(source, wanted, self.mesh)
             unet = self.content if self.text else None
             self.stable_diffusion = dataclasses.replace(pipeline, unet=unet)
-        if self.text:
+        if self.text and self.motion is not None:
             theirs = parts.text_source(self.config['motion'], 'motion')
             same = theirs == source
             self._motion_text = (
-                pipeline if same else parts.load_frozen(theirs, ('text_encoder',), mesh)
+                pipeline if same else parts.load_frozen(theirs, ('text_encoder',), self.mesh)
             )
 
     @property
@@ -110,19 +120,44 @@ class Generator:
           UserError: for a label out of range, labels where the run has no classes, or prompts where
             it is not conditioned on text.
         """
-        asked = self.conditions(labels, prompt, negative_prompt, num_videos)
-        options = self.options(
+        videos = self.stream(
+            labels,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_videos=num_videos,
+            seed=seed,
             steps=steps,
             guidance=guidance,
             motion_steps=motion_steps,
             motion_guidance=motion_guidance,
             sampler=sampler,
+            batch_size=batch_size,
         )
+        return batches.collect(videos)
+
+    def stream(
+        self,
+        labels: Sequence[int] | None = None,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str = '',
+        num_videos: int | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        first: int = 0,
+        **options,
+    ) -> Iterator[tuple[UInt8[Array, 'b t h w 3'], int]]:
+        """The videos of `__call__` batch by batch, on the devices: (videos, how many of them count;
+        the rest fills the last batch up). The next batch is under way when one is given out, so
+        what is computed of it on the devices does not keep them waiting. With first=k they are
+        the videos k, k + 1, ... of the seed."""
+        asked = self.conditions(labels, prompt, negative_prompt, num_videos)
+        options = self.options(**options)
         if negative_prompt and 1.0 in {options[stage]['guidance'] for stage in options}:
             logging.warning('negative_prompt has no effect where guidance is 1')
         shape = self._frame_shape
 
-        def run(keys, content, content_null, motion, motion_null):
+        def program(keys, content, content_null, motion, motion_null):
             frame = sampling.content_program(
                 self.content,
                 self.content_process,
@@ -132,8 +167,8 @@ class Generator:
             return self._animated(frame, keys, motion, motion_null, options['motion'])
 
         arrays = dataclasses.astuple(asked)
-        keys = sampling.video_keys(seed, 0, len(arrays[0]))
-        return self._batched(run, batch_size, keys, *arrays)
+        keys = sampling.video_keys(seed, first, len(arrays[0]))
+        return batches.run(program, self.mesh, batch_size, keys, *arrays)
 
     def animate(
         self,
@@ -169,10 +204,10 @@ class Generator:
         data = self.config['autoencoder'].data
         size = (data.height, data.width, 3)
         if image is not None:
-            content = fit(image, data.height, data.width)
+            content = conditions.fit_image(image, data.height, data.width)
         if np.shape(content) != size:
             raise UserError(f'content has the shape {np.shape(content)}: this run needs {size}')
-        check_bytes('content', content)
+        conditions.check_bytes('content', content)
         labels = None if label is None else [label]
         free = labels is None and prompt is None
         given = '' if free and self.text else prompt
@@ -183,38 +218,72 @@ class Generator:
         options = self.options(steps=steps, guidance=guidance, sampler=sampler)['motion']
         frame = sampling.frames_program(self._vae, jnp.asarray(content)[None, None], at_once=1)[0]
 
-        def run(keys, condition, null, frame):
+        def program(keys, condition, null, frame):
             return self._animated(frame, keys, condition, null, options)
 
         keys = sampling.video_keys(seed, 0, n)
         frames = jnp.broadcast_to(frame, (n, *self._frame_shape))
-        return self._batched(run, batch_size, keys, condition, asked.motion_null, frames)
+        return self._batched(program, batch_size, keys, condition, asked.motion_null, frames)
 
     def reconstruct(
         self, video: UInt8[np.ndarray, 'n t h w 3'], batch_size: int = 16
     ) -> UInt8[np.ndarray, 'n t h w 3']:
         """The autoencoder's reconstruction."""
 
-        check_bytes('video', video)
+        conditions.check_bytes('video', video)
 
-        def run(video):
+        def program(video):
             frame, motion = self._encode(video)
             return self._decode(frame, motion)
 
-        return self._batched(run, batch_size, video)
+        return self._batched(program, batch_size, video)
+
+    def predict_motion(
+        self,
+        video: UInt8[np.ndarray, 'n t h w 3'],
+        labels: Sequence[int] | None = None,
+        *,
+        prompt: Sequence[str] | None = None,
+        seed: int = 0,
+        first: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        batch_size: int = 16,
+    ) -> UInt8[np.ndarray, 'n t h w 3']:
+        """Real videos whose motion is drawn anew: their own content frames, generated motion.
+
+        What the motion stage alone costs in quality (paper, table 4a).
+
+        Args:
+          video: real clips.
+          labels, prompt: of each, as the run is conditioned.
+          first: the number of the first video of the seed.
+          seed, steps, guidance, sampler, batch_size: see `__call__`; of the motion stage.
+        """
+        conditions.check_bytes('video', video)
+        asked = self.conditions(labels, prompt, '', len(video))
+        options = self.options(steps=steps, guidance=guidance, sampler=sampler)['motion']
+
+        def program(video, keys, condition, null):
+            frame = self._encode(video)[0]
+            return self._animated(frame, keys, condition, null, options)
+
+        keys = sampling.video_keys(seed, first, len(video))
+        return self._batched(program, batch_size, video, keys, asked.motion, asked.motion_null)
 
     def content_frames(
         self, video: UInt8[np.ndarray, 'n t h w 3'], batch_size: int = 16
     ) -> UInt8[np.ndarray, 'n h w 3']:
         """The content frames of real videos, as pictures."""
 
-        check_bytes('video', video)
+        conditions.check_bytes('video', video)
 
-        def run(video):
+        def program(video):
             frame = self._encode(video)[0]
             return sampling.video_program(self._vae, frame[:, None], at_once=1)[:, 0]
 
-        return self._batched(run, batch_size, video)
+        return self._batched(program, batch_size, video)
 
     def export(self, folder: str | Path):
         """Writes the content stage as a Stable Diffusion folder that diffusers loads.
@@ -242,7 +311,7 @@ class Generator:
                     f'prompt={prompt!r}: this run is not conditioned on text; leave prompts out'
                 )
             labels = self.check_labels(labels, num_videos)
-            return conditions.of_labels(self.content, labels)
+            return conditions.of_labels(self.motion, labels)
         if labels is not None:
             raise UserError(f'labels={list(labels)}: this run takes a prompt instead')
         prompts = conditions.check_prompts(prompt, num_videos)
@@ -251,7 +320,7 @@ class Generator:
 
     def check_labels(self, labels: Sequence[int] | None, num_videos: int | None) -> Int[Array, 'n']:
         """The labels of `num_videos` videos, checked; see `__call__`."""
-        return conditions.check_labels(labels, num_videos, self.content.num_classes)
+        return conditions.check_labels(labels, num_videos, self.motion.num_classes)
 
     def options(
         self,
@@ -262,7 +331,7 @@ class Generator:
         motion_guidance: float | None = None,
         sampler: str | None = None,
     ) -> dict[str, dict]:
-        """{'content': …, 'motion': …}: how the two stages are sampled, defaults filled in."""
+        """{'content': …, 'motion': …}: how the stages are sampled, defaults filled in."""
         conditioned = bool(self.class_names) or self.text
         if not conditioned and {guidance, motion_guidance} - {None, 1.0}:
             raise UserError(
@@ -276,7 +345,8 @@ class Generator:
             ),
         }
         options = {}
-        for stage, (steps, guidance) in asked.items():
+        for stage in set(asked) & set(self.config):
+            steps, guidance = asked[stage]
             section = getattr(self.config[stage], stage)
             default = section.sampling
             if guidance is None:
@@ -286,7 +356,8 @@ class Generator:
                 'steps': default.steps if steps is None else steps,
                 'guidance': float(guidance),
             }
-        options['content'] |= parts.content_sampling(self.config['content'])
+        if 'content' in options:
+            options['content'] |= parts.content_sampling(self.config['content'])
         options['motion']['content_noise'] = self.config['motion'].motion.content_noise
         return options
 
@@ -311,46 +382,22 @@ class Generator:
             self.autoencoder, self._vae, frame, motion, at_once=self._at_once
         )
 
-    def _batched(self, run, batch_size, *arrays):
-        """Runs over batches of one size (one compilation), the last padded by repetition."""
-        n = len(arrays[0])
-        devices = math.prod(self.mesh.devices.shape)
-        size = -(-min(batch_size, n) // devices) * devices
-        sharding = batch_sharding(self.mesh)
-        out = []
-        with jax.set_mesh(self.mesh):
-            for first in range(0, n, size):
-                index = np.minimum(np.arange(first, first + size), n - 1)
-                batch = [jax.device_put(a[index], sharding) for a in arrays]
-                out.append(np.asarray(run(*batch))[: n - first])
-        return np.concatenate(out)
+    def _batched(self, program, batch_size, *arrays):
+        return batches.collect(batches.run(program, self.mesh, batch_size, *arrays))
 
 
-def check_bytes(name: str, x: np.ndarray):
-    """Floats in another range would pass as videos, and look like noise."""
-    if np.asarray(x).dtype != np.uint8:
-        raise UserError(f'{name} has the type {np.asarray(x).dtype}: give uint8 in 0..255')
-
-
-def fit(image: np.ndarray, height: int, width: int) -> UInt8[np.ndarray, 'h w 3']:
-    """The middle of a picture, scaled to a size."""
-    image = np.asarray(image)
-    check_bytes('image', image)
-    if image.ndim != 3 or image.shape[-1] != 3 or not image.size:
-        raise UserError(f'image has the shape {image.shape}: give RGB, (height, width, 3)')
-    if image.shape[:2] == (height, width):
-        return image
-    logging.warning(
-        'image of %d x %d: scaled, and its middle of %d x %d used', *image.shape[:2], height, width
-    )
-    return fit_frame(image, height, width)
-
-
-def load(workdir: str | Path, *, stable_diffusion: str | Path | None = None) -> Generator:
+def load(
+    workdir: str | Path,
+    *,
+    stages: Sequence[str] = configs.STAGES,
+    stable_diffusion: str | Path | None = None,
+) -> Generator:
     """The Generator of a run directory.
 
     Args:
       workdir: the run.
+      stages: those that are needed, the autoencoder among them: it alone can reconstruct, with the
+        motion stage it can predict motion, and all three generate.
       stable_diffusion: where the pretrained image model is, if not where it was in training: a
         folder or a repository.
 
@@ -360,21 +407,21 @@ def load(workdir: str | Path, *, stable_diffusion: str | Path | None = None) -> 
         different conditions.
     """
     mesh = make_mesh()
-    stages = {
-        stage: trained.load(workdir, stage, mesh, stable_diffusion) for stage in configs.STAGES
-    }
-    for stage in ('content', 'motion'):
-        theirs, there = stages[stage].autoencoder_step, stages['autoencoder'].step
+    found = {stage: trained.load(workdir, stage, mesh, stable_diffusion) for stage in stages}
+    there = found['autoencoder'].step
+    for stage in set(found) - {'autoencoder'}:
+        theirs = found[stage].autoencoder_step
         if theirs != there:
             raise UserError(
                 f'{workdir}: {stage} was trained on the autoencoder of step {theirs}, which is now '
                 f'at step {there}: train {stage} again, in a new workdir'
             )
-    content, motion = (stages[stage].config.condition for stage in ('content', 'motion'))
-    if content != motion:
+    condition = {stage: found[stage].config.condition for stage in set(found) - {'autoencoder'}}
+    if len(set(condition.values())) > 1:
+        content, motion = condition['content'], condition['motion']
         raise UserError(
             f'{workdir}: content was trained with condition={content!r}, motion with '
             f'condition={motion!r}: train one of them again, in a new workdir'
         )
-    cost = {stage: trained.training_cost(workdir, stage) for stage in configs.STAGES}
-    return Generator(stages, cost, mesh)
+    cost = {stage: trained.training_cost(workdir, stage) for stage in found}
+    return Generator(found, cost, mesh)

@@ -1,6 +1,7 @@
 """Every test sees eight simulated CPU devices, and checks the shapes that signatures promise."""
 
 import atexit
+import json
 import logging
 import os
 import shutil
@@ -58,4 +59,36 @@ def small_pipeline(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_vae, 'train', lambda vae, steps, seed: vae)
         make.make(path, 'tiny')
+    return path
+
+
+@pytest.fixture(scope='session')
+def clip_folder(small_pipeline, tmp_path_factory):
+    """A whole CLIP model with random weights, made of the small pipeline's text encoder."""
+    import jax.numpy as jnp
+    import safetensors.numpy
+
+    from cmd_jax.evaluation.networks import clip
+    from cmd_jax.stable_diffusion import weights
+
+    sizes = dict(dim=24, depth=2, heads=4, hidden=40)
+    path = tmp_path_factory.mktemp('clip')
+    part = small_pipeline / 'text_encoder'
+    text = json.loads((part / 'config.json').read_text())
+    vision = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
+    vision |= dict(image_size=32, patch_size=8)
+    tree = dict(model_type='clip', text_config=text, vision_config=vision, projection_dim=12)
+    (path / 'config.json').write_text(json.dumps(tree))
+    for file in (small_pipeline / 'tokenizer').iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    network = weights.abstract(
+        clip.ImageEncoder, size=32, patch=8, projected=12, text_dim=text['hidden_size'], **sizes
+    )
+    network = jax.tree.map(
+        lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape, jnp.float32), network
+    )
+    weights.save(network, path / 'model.safetensors')
+    tensors = safetensors.numpy.load_file(path / 'model.safetensors')
+    tensors |= safetensors.numpy.load_file(part / 'model.safetensors')
+    safetensors.numpy.save_file(tensors, path / 'model.safetensors')
     return path

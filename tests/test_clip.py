@@ -1,9 +1,5 @@
 """CLIP: what it is given, and what it refuses. test_clip_parity.py compares its numbers."""
 
-import json
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -11,38 +7,10 @@ import safetensors.numpy
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation import features
 from cmd_jax.evaluation.networks import clip
-from cmd_jax.stable_diffusion import weights
-
-SIZES = dict(dim=24, depth=2, heads=4, hidden=40)
 
 
-@pytest.fixture(scope='module')
-def folder(small_pipeline, tmp_path_factory):
-    """A whole CLIP model with random weights, made of the pipeline's text encoder."""
-    path = tmp_path_factory.mktemp('clip')
-    part = small_pipeline / 'text_encoder'
-    text = json.loads((part / 'config.json').read_text())
-    vision = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40)
-    vision |= dict(image_size=32, patch_size=8)
-    tree = dict(model_type='clip', text_config=text, vision_config=vision, projection_dim=12)
-    (path / 'config.json').write_text(json.dumps(tree))
-    for file in (small_pipeline / 'tokenizer').iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
-    network = weights.abstract(
-        clip.ImageEncoder, size=32, patch=8, projected=12, text_dim=text['hidden_size'], **SIZES
-    )
-    network = jax.tree.map(
-        lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape, jnp.float32), network
-    )
-    weights.save(network, path / 'model.safetensors')
-    tensors = safetensors.numpy.load_file(path / 'model.safetensors')
-    tensors |= safetensors.numpy.load_file(part / 'model.safetensors')
-    safetensors.numpy.save_file(tensors, path / 'model.safetensors')
-    return path
-
-
-def test_clipsim_is_of_frames_and_their_own_text(folder):
-    model = clip.load(folder)
+def test_clipsim_is_of_frames_and_their_own_text(clip_folder):
+    model = clip.load(clip_folder)
     videos = np.random.default_rng(0).integers(0, 256, (3, 2, 40, 50, 3)).astype(np.uint8)
     prompts = ['a seven moving up', 'a one moving left', '']
     texts, frames = model.embed_texts(prompts), model.embed_videos(videos)
@@ -73,10 +41,10 @@ def test_a_text_encoder_alone_is_refused(small_pipeline):
         clip.load(small_pipeline / 'text_encoder')
 
 
-def test_missing_and_unknown_parameters(folder, tmp_path):
-    for file in folder.iterdir():
+def test_missing_and_unknown_parameters(clip_folder, tmp_path):
+    for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+    tensors = safetensors.numpy.load_file(clip_folder / 'model.safetensors')
     tensors['vision_model.more'] = tensors.pop('vision_model.embeddings.class_embedding')
     safetensors.numpy.save_file(tensors, tmp_path / 'model.safetensors')
     with pytest.raises(UserError, match='1 missing parameters: vision_model.embeddings.class_emb'):

@@ -138,9 +138,13 @@ def test_features_that_are_not_finite_are_an_error():
     x[1, 2] = np.nan
     with pytest.raises(ValueError, match='1 features are not finite'):
         Moments.of(x)
+    with pytest.raises(ValueError, match='1 features are not finite'):
+        frechet_distance(np.ones((4, 3)), x)
+    with pytest.raises(ValueError, match='1 features have no covariance'):
+        frechet_distance(np.ones((1, 3)), x)
 
 
-@pytest.mark.parametrize('cuts', [(1,), (50,), (3, 4, 60)], ids=str)
+@pytest.mark.parametrize('cuts', [(2,), (50,), (3, 5, 60)], ids=str)
 def test_moments_do_not_depend_on_the_pieces(cuts):
     x = 100 + np.random.default_rng(5).normal(size=(90, 7))
     first, *rest = (Moments.of(part) for part in np.split(x, cuts))

@@ -43,13 +43,22 @@ def test_evaluate_praises_real_clips(tmp_path):
     assert (numbers['steps_motion'], numbers['guidance_motion']) == (35, 2.0)
     assert numbers['seed'] == 5
     assert numbers['checkpoint_content'] == 20
+    # A little brighter, brighter, other clips.
+    parts = 'reconstruction', 'motion_prediction', 'generation'
+    distances = [numbers[f'{part}_frechet'] for part in parts]
+    assert 0 < distances[0] < distances[1] < distances[2]
+    assert numbers['generation_ratio'] == distances[2] / distances[1]
+    assert numbers['compared'] == 50
 
     sections = moving_digits.sections(numbers, pictures)
-    assert sections[0].heading == '5 of 6 targets met. Missed: memory_gb.'
-    page = report.write(tmp_path, 'quickstart', sections, numbers)
+    assert sections[0].heading == '7 of 8 targets met. Missed: memory_gb.'
+    page = report.write(tmp_path, 'moving_digits', sections, numbers)
     assert page.stat().st_size < 5e6
-    read = json.loads((tmp_path / 'report.json').read_text())
+    read = json.loads((tmp_path / 'evaluation/moving_digits.json').read_text())
     assert set(moving_digits.TARGETS) <= set(read)
+    costs = next(section for section in sections if section.heading == 'What each part costs')
+    assert [row[0] for row in costs.table.rows][0] == 'Reconstructed'
+    assert ' to ' in costs.table.rows[2][1]
     captions = [figure.caption for figure in sections[3].figures]
     assert len(captions) == 10 and captions[4].startswith('Asked for 4')
 

@@ -133,9 +133,10 @@ def test_evaluate_praises_real_clips(tmp_path):
 
     sections = prompted_digits.sections(numbers, pictures)
     assert sections[0].heading == '6 of 6 targets met.'
-    page = report.write(tmp_path, 'prompted', sections, numbers)
+    page = report.write(tmp_path, 'prompted_digits', sections, numbers)
     assert page.stat().st_size < 5e6
-    assert set(prompted_digits.TARGETS) <= set(json.loads((tmp_path / 'report.json').read_text()))
+    read = json.loads((tmp_path / 'evaluation/prompted_digits.json').read_text())
+    assert set(prompted_digits.TARGETS) <= set(read)
     by_heading = {section.heading: section for section in sections}
     captions = [figure.caption for figure in by_heading['New videos, asked for in words'].figures]
     assert len(captions) == 10
@@ -210,7 +211,7 @@ def test_script_measures_as_many_videos_as_the_protocol_does(tmp_path):
         [sys.executable, '-c', program, *flags], cwd=root, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    numbers = json.loads((tmp_path / 'report.json').read_text())
+    numbers = json.loads((tmp_path / 'evaluation/prompted_digits.json').read_text())
     assert (numbers['num_videos'], numbers['seed']) == (160, 2)
     assert numbers['protocol'] == 'prompted_digits'
     assert 'direction_agreement' in done.stdout and 'MISSED' not in done.stdout

@@ -36,7 +36,7 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def small_page(folder, **numbers):
+def small_page(folder, name='psnr_of_x', **numbers):
     table = report.Table(
         columns=('a', 'b'), rows=[('<script>x</script>', 'ok'), ('y\nz<', 'MISSED')]
     )
@@ -48,7 +48,7 @@ def small_page(folder, **numbers):
         report.Section(heading='First', text='some text', table=table),
         report.Section(heading='Second', figures=figures, width=123),
     ]
-    return report.write(folder, 'A <title>', sections, numbers)
+    return report.write(folder, name, sections, numbers)
 
 
 def test_page_is_well_formed_and_says_what_it_was_given(tmp_path):
@@ -56,7 +56,15 @@ def test_page_is_well_formed_and_says_what_it_was_given(tmp_path):
     page = Page(path.read_text(encoding='utf-8'))
     assert path == tmp_path / 'report.html'
     assert [tag for tag, _ in page.tags].count('script') == 0
-    for text in ('A <title>', 'First', 'some text', '<script>x</script>', 'psnr', '25.5'):
+    for text in (
+        tmp_path.name,
+        'psnr_of_x',
+        'First',
+        'some text',
+        '<script>x</script>',
+        'psnr',
+        '25.5',
+    ):
         assert text in page.text
     images = [attributes for tag, attributes in page.tags if tag == 'img']
     assert [image['alt'] for image in images] == ['a "seven" & <b>more</b>', 'said at length']
@@ -64,11 +72,34 @@ def test_page_is_well_formed_and_says_what_it_was_given(tmp_path):
     assert '<td>y<small>z&lt;</small></td><td class="missed">' in path.read_text()
 
 
+def test_page_shows_all_protocols_of_a_run(tmp_path):
+    small_page(tmp_path, 'one', psnr=1.0)
+    small_page(tmp_path, 'two', psnr=2.0)
+    small_page(tmp_path, 'one', psnr=math.inf)  # in the place of the first
+    source = (tmp_path / 'report.html').read_text(encoding='utf-8')
+    page = Page(source)
+    assert [a['id'] for tag, a in page.tags if tag == 'article'] == ['one', 'two']
+    assert [a['href'] for tag, a in page.tags if tag == 'a'] == ['#one', '#two']
+    assert source.count('<h2>First</h2>') == 2 and '<td>inf</td>' in source
+    numbers, sections = report.read(tmp_path, 'two')
+    assert numbers == {'psnr': 2.0} and [s.heading for s in sections] == ['First', 'Second']
+    assert sections[0].table.rows[1][1] == 'MISSED' and sections[1].figures[1].alt
+
+
+def test_evaluation_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match='has no evaluation by fvd_2048: python evaluate.py'):
+        report.read(tmp_path, 'fvd_2048')
+    small_page(tmp_path, 'fvd_2048')
+    (tmp_path / 'evaluation/fvd_2048.page.json').write_text('{"sections"')
+    with pytest.raises(UserError, match='the files of fvd_2048 cannot be read'):
+        report.read(tmp_path, 'fvd_2048')
+
+
 def test_page_needs_no_network(tmp_path):
     source = small_page(tmp_path).read_text(encoding='utf-8')
     for tag, attributes in Page(source).tags:
         for name in ('src', 'href'):
-            assert attributes.get(name, 'data:').startswith('data:'), tag
+            assert attributes.get(name, 'data:').startswith(('data:', '#')), tag
     assert 'http' not in source and 'url(' not in source and '@import' not in source
 
 
@@ -92,14 +123,16 @@ def test_json_has_the_numbers_in_plain_types(tmp_path):
         'seed': 0,
     }
     small_page(tmp_path, **numbers)
-    read = json.loads((tmp_path / 'report.json').read_text(), parse_constant=pytest.fail)
+    read = json.loads(
+        (tmp_path / 'evaluation/psnr_of_x.json').read_text(), parse_constant=pytest.fail
+    )
     expected = {'psnr': None, 'ratio': None, 'accuracy': 0.5, 'steps': 50, 'device': 'cpu'}
     assert read == {**expected, 'seed': 0}
 
 
 def test_environment_can_be_reported(tmp_path):
     small_page(tmp_path, **report.environment())
-    read = json.loads((tmp_path / 'report.json').read_text())
+    read = json.loads((tmp_path / 'evaluation/psnr_of_x.json').read_text())
     assert read['device'] and read['device_count'] >= 1 and read['version_jax'] == jax.__version__
 
 
@@ -163,7 +196,7 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
 @pytest.mark.parametrize(
     ('flags', 'said'),
     [
-        (['--workdir=x', '--protocol=digits'], "protocol='digits' is not one of: moving_digits"),
+        (['--workdir=x', '--protocol=fvd'], "protocol='fvd' is unknown: did you mean 'fvd_2048'?"),
         ([], 'workdir'),
     ],
 )

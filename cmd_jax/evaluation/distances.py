@@ -12,11 +12,11 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, UInt8
 
-from cmd_jax.evaluation.moments import Moments
+from cmd_jax.evaluation.moments import Moments, finite
 
 _PEAK = 255.0
 # Of SSIM: the window's side and deviation in pixels, and what keeps its fractions from 0 / 0.
-_WINDOW, _SIGMA = 11, 1.5
+SSIM_WINDOW, _SIGMA = 11, 1.5
 _K1, _K2 = 0.01, 0.03
 
 
@@ -71,8 +71,10 @@ def ssim(
       ValueError: not uint8 videos, of different shapes, or of frames below 11 x 11.
     """
     check_pairs(a, b)
-    if min(a.shape[2:4]) < _WINDOW:
-        raise ValueError(f'ssim needs frames of {_WINDOW} x {_WINDOW} and more, got {a.shape[2:4]}')
+    if min(a.shape[2:4]) < SSIM_WINDOW:
+        raise ValueError(
+            f'ssim needs frames of {SSIM_WINDOW} x {SSIM_WINDOW} and more, got {a.shape[2:4]}'
+        )
     return over_pairs(np.array([_ssim(x, y) for x, y in zip(a, b)], np.float64), mean)
 
 
@@ -92,11 +94,11 @@ def _ssim(a: UInt8[Array, 't h w c'], b: UInt8[Array, 't h w c']) -> Float[Array
 
 def _blur(x: Array) -> Array:
     """The Gaussian window, separably; what reaches over the border is cut off."""
-    offsets = np.arange(_WINDOW) - _WINDOW // 2
+    offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
     window = np.exp(-(offsets**2) / (2 * _SIGMA**2))
     window = window / window.sum()
     for axis in (1, 2):
-        size = x.shape[axis] - _WINDOW + 1
+        size = x.shape[axis] - SSIM_WINDOW + 1
         x = sum(w * jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i, w in enumerate(window))
     return x
 
@@ -114,15 +116,16 @@ def frechet_distance(
     in the log where there are fewer features than dimensions: the distance of such sets is biased
     upwards, by more the fewer there are.
     """
-    a, b = (x if isinstance(x, Moments) else Moments.of(x) for x in (a, b))
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f'features of different sizes: {a.mean.shape[0]}, {b.mean.shape[0]}')
-    fewest = min(a.count, b.count)
-    if fewest <= len(a.mean):
-        warn_of_few(fewest, len(a.mean))
-    common = np.linalg.svd(_factor(a.covariance) @ _factor(b.covariance).T, compute_uv=False)
-    traces = np.trace(a.covariance) + np.trace(b.covariance)
-    return float(np.sum((a.mean - b.mean) ** 2) + traces - 2 * common.sum())
+    moments = [_moments(x) for x in (a, b)]
+    (count_a, mean_a, factor_a), (count_b, mean_b, factor_b) = moments
+    if mean_a.shape != mean_b.shape:
+        raise ValueError(f'features of different sizes: {mean_a.shape[0]}, {mean_b.shape[0]}')
+    fewest = min(count_a, count_b)
+    if fewest <= len(mean_a):
+        warn_of_few(fewest, len(mean_a))
+    common = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
+    traces = np.square(factor_a).sum() + np.square(factor_b).sum()
+    return float(np.sum((mean_a - mean_b) ** 2) + traces - 2 * common)
 
 
 @functools.cache
@@ -135,12 +138,19 @@ def warn_of_few(features: int, dimensions: int):
     )
 
 
-def _factor(covariance: np.ndarray) -> np.ndarray:
-    """F with F^T F the covariance. Directions without variance are left out: rounding gives them
-    some, whose roots would add up."""
-    values, vectors = np.linalg.eigh(covariance)
-    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
-    return np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+def _moments(x: Moments | np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """Count, mean, and a factor F of the covariance, C = F^T F."""
+    if isinstance(x, Moments):
+        values, vectors = np.linalg.eigh(x.covariance)
+        # Rounding gives some variance to directions without, and its roots would add up.
+        kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+        return x.count, x.mean, np.sqrt(values[kept])[:, None] * vectors[:, kept].T
+    x = finite(x)
+    mean = x.mean(axis=0)
+    factor = (x - mean) / np.sqrt(len(x) - 1)
+    # Its triangle serves as well, and is smaller where there are more features than dimensions.
+    factor = factor if len(x) <= x.shape[1] else np.linalg.qr(factor, mode='r')
+    return len(x), mean, factor
 
 
 def kernel_distance(a: Float[np.ndarray, 'n d'], b: Float[np.ndarray, 'm d']) -> float:
@@ -150,15 +160,34 @@ def kernel_distance(a: Float[np.ndarray, 'n d'], b: Float[np.ndarray, 'm d']) ->
     its expectation does not depend on the number of features, and is 0 for equal distributions;
     single values may be negative.
     """
-    if min(len(a), len(b)) < 2:
-        raise ValueError('the kernel distance needs two features of each kind')
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    once = np.ones((1, len(a))), np.ones((1, len(b)))
+    return float(kernel_distances(a, b, *once)[0])
 
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def within(x):
-        k = kernel(x, x)
-        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+def kernel_distances(
+    a: Float[np.ndarray, 'n d'],
+    b: Float[np.ndarray, 'm d'],
+    times_a: Float[np.ndarray, 'k n'],
+    times_b: Float[np.ndarray, 'k m'],
+) -> Float[np.ndarray, 'k']:
+    """Kernel distances of k pairs of sets, in which each feature is so many times."""
+    a, b = finite(a), finite(b)
 
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+    def within(x, times):
+        count = times.sum(axis=1)
+        itself = times @ (np.square(x).sum(axis=1) / x.shape[1] + 1) ** 3
+        return (_kernel_sums(x, x, times, times) - itself) / (count * (count - 1))
+
+    between = _kernel_sums(a, b, times_a, times_b) / times_a.sum(axis=1) / times_b.sum(axis=1)
+    return within(a, times_a) + within(b, times_b) - 2 * between
+
+
+def _kernel_sums(x, y, times_x, times_y, rows: int = 1024) -> np.ndarray:
+    """Sums of the kernel over all pairs, each pair as often as it is there; some rows of the
+    kernel's matrix at a time."""
+    total = np.zeros(len(times_x))
+    for first in range(0, len(x), rows):
+        part = slice(first, first + rows)
+        kernel = (x[part] @ y.T / x.shape[1] + 1) ** 3
+        total += np.einsum('kn,kn->k', times_x[:, part] @ kernel, times_y)
+    return total

@@ -28,16 +28,12 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, 'n d']) -> 'Moments':
-        """The moments of one piece.
+        """The moments of one piece, of two features at least.
 
         Raises:
-          ValueError: there are none, or some are not finite.
+          ValueError: see `finite`.
         """
-        if not len(features):
-            raise ValueError('moments of no features')
-        x = np.asarray(features, np.float64)
-        if not np.isfinite(x).all():
-            raise ValueError(f'{(~np.isfinite(x)).any(axis=1).sum()} features are not finite')
+        x = finite(features)
         mean = x.mean(axis=0)
         return cls(len(x), mean, (x - mean).T @ (x - mean))
 
@@ -52,6 +48,18 @@ class Moments:
     @property
     def covariance(self) -> Float[np.ndarray, 'd d']:
         """The unbiased estimate (divided by count - 1)."""
-        if self.count < 2:
-            raise ValueError('the covariance of a single feature')
         return self.scatter / (self.count - 1)
+
+
+def finite(features: Float[np.ndarray, 'n d']) -> Float[np.ndarray, 'n d']:
+    """Features in float64.
+
+    Raises:
+      ValueError: fewer than two, or some are not finite.
+    """
+    if len(features) < 2:
+        raise ValueError(f'{len(features)} features have no covariance')
+    x = np.asarray(features, np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError(f'{(~np.isfinite(x)).any(axis=1).sum()} features are not finite')
+    return x

@@ -57,7 +57,7 @@ def reconstructions(
 def content_frames(
     content: UInt8[np.ndarray, 'n h w 3'], real: UInt8[np.ndarray, 'n t h w 3']
 ) -> report.Section:
-    """Eight content frames beside the clips that they sum up."""
+    """Eight content frames at most beside the clips that they sum up."""
     return report.Section(
         heading='Content frames',
         text='The encoder sums a clip up in one image: a weighted mean of its frames, with '
@@ -68,7 +68,7 @@ def content_frames(
                 np.concatenate([content[i : i + 4, None], real[i : i + 4]], axis=1),
                 'First column: the content frame. Then the frames it stands for.',
             )
-            for i in (0, 4)
+            for i in range(0, min(len(content), 8), 4)
         ],
         width=320,
     )

@@ -1,8 +1,12 @@
-"""One self-contained HTML page for an evaluation, and the same numbers as JSON beside it.
+"""One self-contained HTML page for the evaluations of a run, and their numbers as JSON.
 
-A page is a title, a list of sections and a flat dict of numbers; what they mean is the protocol's
-business. Everything is inlined (style sheet, pictures as data URIs, no scripts), so the file can be
-mailed, archived or opened from a disk without a network.
+    RUN/report.html                      all protocols that were carried out
+    RUN/evaluation/PROTOCOL.json         the numbers of one, and everything that they depend on
+    RUN/evaluation/PROTOCOL.page.json    what the page shows of it
+
+A protocol gives a list of sections and a flat dict of numbers; what they mean is its business.
+Everything is inlined (style sheet, pictures as data URIs, no scripts), so the page can be mailed,
+archived or opened from a disk without a network.
 """
 
 import dataclasses
@@ -18,7 +22,9 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from cmd_jax import atomic
-from cmd_jax.errors import writable
+from cmd_jax.errors import UserError, writable
+
+FOLDER = 'evaluation'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,27 +146,68 @@ def environment() -> dict[str, str | int]:
 
 
 def write(
-    folder: str | os.PathLike, title: str, sections: Sequence[Section], numbers: Mapping
+    run: str | os.PathLike, protocol: str, sections: Sequence[Section], numbers: Mapping
 ) -> pathlib.Path:
-    """Writes `report.html` and `report.json` into `folder` and returns the page's path.
+    """Writes what a protocol found into the folder of a run, makes the page of all protocols anew,
+    and returns its path.
 
     Args:
+      run: the folder.
+      protocol: its name; what an earlier evaluation of this name has written is replaced.
       numbers: flat name -> number, string, bool or None, settings included. Infinite and NaN
         values, which JSON does not have, become null there.
 
     Raises:
       UserError: the folder cannot be written.
     """
+    run = writable('out', run)
     numbers = {name: _plain(value) for name, value in numbers.items()}
-    page = _page(title, sections, numbers)
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in numbers.items()
     }
-    folder = writable('out', folder)
-    atomic.write(folder / 'report.json', json.dumps(finite, indent=2, allow_nan=False) + '\n')
-    atomic.write(folder / 'report.html', page)
-    return folder / 'report.html'
+    # As the page shows them: infinite stays infinite.
+    shown = {name: text(value) for name, value in numbers.items()}
+    page = {'sections': [dataclasses.asdict(section) for section in sections], 'numbers': shown}
+    folder = run / FOLDER
+    atomic.write(folder / f'{protocol}.json', json.dumps(finite, indent=2, allow_nan=False) + '\n')
+    atomic.write(folder / f'{protocol}.page.json', json.dumps(page))
+    # The newest first.
+    names = sorted(path.name.removesuffix('.page.json') for path in folder.glob('*.page.json'))
+    names.sort(key=lambda name: name != protocol)
+    pages = {name: _stored(folder / f'{name}.page.json') for name in names}
+    atomic.write(run / 'report.html', _page(run.resolve().name, pages))
+    return run / 'report.html'
+
+
+def read(run: str | os.PathLike, protocol: str) -> tuple[dict, list[Section]]:
+    """The numbers and the page's sections of a protocol that was carried out on a run.
+
+    Raises:
+      UserError: it was not, or its files cannot be read.
+    """
+    folder = pathlib.Path(run) / FOLDER
+    try:
+        numbers = json.loads((folder / f'{protocol}.json').read_text())
+        return numbers, _stored(folder / f'{protocol}.page.json')[0]
+    except FileNotFoundError as e:
+        raise UserError(
+            f'{run} has no evaluation by {protocol}: python evaluate.py --workdir={run} '
+            f'--protocol={protocol}'
+        ) from e
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'{folder}: the files of {protocol} cannot be read ({e})') from e
+
+
+def _stored(path: pathlib.Path) -> tuple[list[Section], dict[str, str]]:
+    page = json.loads(path.read_text())
+    sections = []
+    for section in page['sections']:
+        table = section.pop('table')
+        figures = [Figure(**figure) for figure in section.pop('figures')]
+        table = table and Table(**table)
+        sections.append(Section(**section, table=table, figures=figures))
+    return sections, page['numbers']
 
 
 def _plain(value):
@@ -168,32 +215,41 @@ def _plain(value):
     return value.item() if hasattr(value, 'item') else value
 
 
-def _page(title: str, sections: Sequence[Section], numbers: Mapping) -> str:
-    rows = [(name, text(value)) for name, value in numbers.items()]
-    everything = _table(Table(columns=('name', 'value'), rows=rows))
-    body = '\n'.join(_section(section) for section in sections)
+def _page(title: str, pages: Mapping[str, tuple[list[Section], dict[str, str]]]) -> str:
+    body = '\n'.join(_protocol(name, *page) for name, page in pages.items())
+    links = ' '.join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a>' for name in pages)
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{html.escape(title)}: {html.escape(', '.join(pages))}</title>
 <link rel="icon" href="data:,">
 <style>{_STYLE}</style>
 </head>
 <body>
 <main>
 <h1>{html.escape(title)}</h1>
+{f'<nav>{links}</nav>' if len(pages) > 1 else ''}
 {body}
-<details>
-<summary>All numbers and settings</summary>
-<p>The same values are in <code>report.json</code> beside this page.</p>
-{everything}
-</details>
 </main>
 </body>
 </html>
 """
+
+
+def _protocol(name: str, sections: Sequence[Section], numbers: Mapping[str, str]) -> str:
+    everything = _table(Table(columns=('name', 'value'), rows=list(numbers.items())))
+    body = '\n'.join(_section(section) for section in sections)
+    return f"""<article id="{html.escape(name)}">
+<p class="protocol">{html.escape(name)}</p>
+{body}
+<details>
+<summary>All numbers and settings</summary>
+<p>The same values are in <code>evaluation/{html.escape(name)}.json</code>.</p>
+{everything}
+</details>
+</article>"""
 
 
 def _section(section: Section) -> str:
@@ -253,6 +309,10 @@ body {
 main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 1.5rem; }
 h2 { font-size: 1.2rem; margin: 0 0 .4rem; }
+nav a { margin-right: 1rem; color: inherit; }
+nav { margin: 0 0 1.2rem; }
+p.protocol { font-size: .82rem; font-weight: 600; letter-spacing: .04em; margin: 0 0 .5rem; }
+article + article { margin-top: 3rem; }
 p { max-width: 44rem; margin: 0 0 1rem; color: var(--soft); }
 section, details {
   background: var(--card); border: 1px solid var(--line); border-radius: 12px;

@@ -135,6 +135,11 @@ class LPIPS(nnx.Module):
         return features
 
 
+def fits(net: str, height: int, width: int) -> bool:
+    """Whether images of this size are large enough."""
+    return min(height, width) >= _NETWORKS[net].min_size
+
+
 def _normalize(features):
     # The square of faint features underflows to 0, where sqrt has an infinite slope: bound it.
     square = jnp.sum(features**2, axis=-1, keepdims=True)

@@ -44,6 +44,12 @@ def find(package: str, file: str) -> pathlib.Path | None:
     return None
 
 
+def sha256(path: str | pathlib.Path) -> str:
+    """Of a file, as hexadecimal digits."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
 def read_pickle(path: str | pathlib.Path, sha256: str) -> dict:
     """Reads a pickle of nested dicts of numpy arrays.
 

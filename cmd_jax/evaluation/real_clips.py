@@ -1,0 +1,162 @@
+"""The real clips of a protocol, in a fixed order, and their features from one run to the next."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float, UInt8
+
+from cmd_jax import atomic
+from cmd_jax.data import pipeline, sources, videos
+from cmd_jax.data.clips import BadVideo, Skipped, probe
+from cmd_jax.errors import UserError
+from cmd_jax.evaluation.protocols import Protocol
+from cmd_jax.training import config as configs
+from cmd_jax.training import parts
+
+AT_ONCE = 64  # clips in memory
+LOOKED_AT = 16  # files whose size is compared with the clips'
+
+
+class RealClips:
+    """One clip of each of a number of videos, chosen by the seed.
+
+    Attributes:
+      count: how many.
+      settings: what decides them, as plain values.
+      warnings: what may make their numbers another protocol's.
+    """
+
+    def __init__(
+        self, config: configs.Config, protocol: Protocol, data: str | None, count: int | None, seed
+    ):
+        """Nothing is decoded yet.
+
+        Args:
+          config: of the run's autoencoder: size, length and rate of clips are those of training.
+          data: KIND:WHERE instead of the run's own source.
+          count: clips; None: one of every video.
+
+        Raises:
+          UserError: a source that there is not, of latents, or of too few videos.
+        """
+        chosen = dataclasses.replace(
+            config.data,
+            source=data or config.data.source,
+            clips='random' if protocol.split == 'train' else 'center',
+            crop='center',
+            flip=False,
+        )
+        if sources.parse(chosen.source)[0] == 'latents':
+            raise UserError(f'--data={chosen.source}: a latent cache has no videos, give them')
+        config = dataclasses.replace(config, data=chosen)
+        self._source, self._seed = parts.make_source(config, protocol.split, seed=0), seed
+        there = len(self._source)
+        if count is not None and there < count:
+            raise UserError(
+                f'{self._source.name}: {there} videos in the split {protocol.split!r}, and the '
+                f'protocol takes {count}: give more with --data, or --num_videos={there} for a '
+                'number that is not comparable with others'
+            )
+        self.count = there if count is None else count
+        self._fewest = there * (1 - chosen.max_bad) if count is None else count
+        self.settings = {
+            'source': chosen.source,
+            'split': protocol.split,
+            'videos': there,
+            'clips': self.count,
+            'place': 'random' if protocol.split == 'train' else 'middle',
+            'seed': seed,
+            **{name: getattr(chosen, name) for name in ('frames', 'height', 'width', 'short')},
+            **{name: getattr(chosen, name) for name in ('stride', 'fps', 'fold', 'test_fraction')},
+            'resized': 'bicubic with antialiasing (Pillow), the middle cut out',
+            'files': _names(self._source),
+        }
+        self.warnings = self._resized_before(chosen)
+
+    def __iter__(self) -> Iterator[dict]:
+        """The clips, `video`, `label` and `caption`, always the same; those that cannot be had are
+        passed over, and others come in their place."""
+        found = pipeline.samples(
+            self._source, seed=self._seed, shuffle=True, repeat=False, ahead=AT_ONCE
+        )
+        good = (clip for clip in found if not isinstance(clip, Skipped))
+        try:
+            given = 0
+            for clip in itertools.islice(good, self.count):
+                given += 1
+                yield clip
+        finally:
+            found.close()
+        if given < max(2, self._fewest):
+            raise UserError(f'{self._source.name}: only {given} of {self.count} clips can be had')
+
+    def chunks(self) -> Iterator[dict[str, np.ndarray]]:
+        """The same stacked, some at a time."""
+        clips = iter(self)
+        while some := list(itertools.islice(clips, AT_ONCE)):
+            yield {
+                'video': np.stack([clip['video'] for clip in some]),
+                'label': np.array([int(clip['label']) for clip in some]),
+                'caption': [str(clip['caption']) for clip in some],
+            }
+
+    def _resized_before(self, data) -> list[str]:
+        if not isinstance(self._source, videos.VideoFiles):
+            return []
+        sizes = set()
+        for video in range(min(LOOKED_AT, self._source.videos)):
+            with contextlib.suppress(BadVideo):
+                info = probe(self._source.path(video))
+                sizes.add((info.height, info.width))
+        small = [size for size in sorted(sizes) if size[0] <= data.height and size[1] <= data.width]
+        if not small:
+            return []
+        told = ', '.join(f'{height} x {width}' for height, width in small)
+        warning = (
+            f'videos of {told} for clips of {data.height} x {data.width}: they were resized before '
+            'by a kernel that is not known, or are enlarged here; numbers of other kernels differ'
+        )
+        logging.warning('%s', warning)
+        return [warning]
+
+
+def _names(source) -> str | None:
+    """A hash of the names of a source's files, where it has any."""
+    if not isinstance(source, videos.VideoFiles):
+        return None
+    digest = hashlib.sha256()
+    for video in range(source.videos):
+        digest.update(source.file(video).encode() + b'\0')
+    return digest.hexdigest()
+
+
+def cached(path: Path) -> dict[str, np.ndarray] | None:
+    """Features, labels and captions of an earlier evaluation; None where there are none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        logging.warning('%s cannot be read (%s): the features are computed again', path, e)
+        return None
+
+
+def keep(
+    path: Path,
+    features: Float[np.ndarray, 'n d'],
+    labels: list[int],
+    captions: list[str],
+    shown: UInt8[np.ndarray, 'k t h w 3'],
+):
+    """Writes what `cached` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(path) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, features=features, labels=labels, captions=captions, shown=shown)
