@@ -14,6 +14,7 @@ last two independently of each other, and sampled one after the other:
     sampling      the two draws: content frame, motion latent
     conditions    classes and prompts, checked, and as the networks take them
     generate      Generator: the three trained parts -> new videos
+    loading       the folder of a run -> Generator
     video         uint8 <-> float, files, grids
     memory        the most that this process has held
 
@@ -31,7 +32,7 @@ _MODULES = {
     'MotionDiT': 'models.motion',
     'UserError': 'errors',
     'VideoAutoencoder': 'models.autoencoder',
-    'load': 'generate',
+    'load': 'loading',
 }
 _PACKAGES = ('diffusion', 'evaluation', 'interop', 'stable_diffusion')
 

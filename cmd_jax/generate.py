@@ -16,12 +16,11 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Int, UInt8
 
-from cmd_jax import conditions, sampling, stable_diffusion
+from cmd_jax import conditions, sampling
 from cmd_jax.conditions import Conditions
 from cmd_jax.errors import UserError
 from cmd_jax.parallel import batches
-from cmd_jax.parallel.mesh import make_mesh
-from cmd_jax.training import config as configs
+from cmd_jax.stable_diffusion import StableDiffusion, save
 from cmd_jax.training import parts, trained
 
 
@@ -47,13 +46,16 @@ class Generator:
         stages: dict[str, trained.Trained],
         cost: dict[str, dict[str, float]],
         mesh: jax.sharding.Mesh,
+        stable_diffusion: StableDiffusion | None,
+        motion_text: StableDiffusion | None,
     ):
+        """`loading.load` makes one of a run; motion_text: text encoder of the motion stage."""
         self.config = {name: stage.config for name, stage in stages.items()}
         self.steps = {name: stage.step for name, stage in stages.items()}
         self.cost, self.mesh = cost, mesh
         self.autoencoder = stages['autoencoder'].network
         self._at_once = self.config['autoencoder'].stable_diffusion.frames_at_once
-        self.content = self.motion = self.statistics = self._motion_text = None
+        self.content = self.motion = self.statistics = None
         self.class_names, self.text = stages['autoencoder'].class_names, False
         if 'content' in stages:
             self.content = stages['content'].network
@@ -64,24 +66,7 @@ class Generator:
         for stage in set(stages) - {'autoencoder'}:
             self.class_names = stages[stage].class_names
             self.text = self.config[stage].condition == 'text'
-        self._load_frozen()
-
-    def _load_frozen(self):
-        """The pretrained parts that the stages at hand need."""
-        config = self.config.get('content', self.config['autoencoder'])
-        source = config.stable_diffusion.source
-        self.stable_diffusion = None
-        if source:
-            wanted = ('vae', 'text_encoder') if self.text else ('vae',)
-            pipeline = parts.load_frozen(source, wanted, self.mesh)
-            unet = self.content if self.text else None
-            self.stable_diffusion = dataclasses.replace(pipeline, unet=unet)
-        if self.text and self.motion is not None:
-            theirs = parts.text_source(self.config['motion'], 'motion')
-            same = theirs == source
-            self._motion_text = (
-                pipeline if same else parts.load_frozen(theirs, ('text_encoder',), self.mesh)
-            )
+        self.stable_diffusion, self._motion_text = stable_diffusion, motion_text
 
     @property
     def _vae(self):
@@ -155,20 +140,38 @@ class Generator:
         options = self.options(**options)
         if negative_prompt and 1.0 in {options[stage]['guidance'] for stage in options}:
             logging.warning('negative_prompt has no effect where guidance is 1')
-        shape = self._frame_shape
-
-        def program(keys, content, content_null, motion, motion_null):
-            frame = sampling.content_program(
-                self.content,
-                self.content_process,
-                *(keys, content, content_null, shape),
-                **options['content'],
-            )
-            return self._animated(frame, keys, motion, motion_null, options['motion'])
-
         arrays = dataclasses.astuple(asked)
         keys = sampling.video_keys(seed, first, len(arrays[0]))
-        return batches.run(program, self.mesh, batch_size, keys, *arrays)
+        return self._sampled(options, batch_size, arrays, keys)
+
+    def interpolate(
+        self,
+        n: int = 8,
+        *,
+        seeds: tuple[int, int] = (0, 1),
+        label: int | None = None,
+        prompt: str | None = None,
+        negative_prompt: str = '',
+        batch_size: int = 16,
+        **options,
+    ) -> UInt8[np.ndarray, 'n t h w 3']:
+        """Videos on the way from the first video of one seed to that of another: their noise turns
+        from the one's to the other's.
+
+        Args:
+          n: of them, both ends included.
+          seeds: of the ends.
+          label, prompt: of all of them.
+          negative_prompt, batch_size, options: see `__call__`.
+        """
+        labels = None if label is None else [label]
+        asked = self.conditions(labels, prompt, negative_prompt, n)
+        there, back = (jnp.repeat(sampling.video_keys(seed, 0, 1), n) for seed in seeds)
+        places = jnp.linspace(0, 1, n)
+        arrays = dataclasses.astuple(asked)
+        return batches.collect(
+            self._sampled(self.options(**options), batch_size, arrays, there, back, places)
+        )
 
     def animate(
         self,
@@ -295,7 +298,7 @@ class Generator:
             raise UserError('only the content stage of a run on text is a Stable Diffusion model')
         # The frozen parts are copied, file by file: here they may be in a lower precision.
         pipeline = dataclasses.replace(self.stable_diffusion, vae=None, text_encoder=None)
-        stable_diffusion.save(pipeline, folder)
+        save(pipeline, folder)
 
     def conditions(
         self,
@@ -367,6 +370,23 @@ class Generator:
         autoencoder = self.autoencoder
         return autoencoder.height, autoencoder.width, autoencoder.channels
 
+    def _sampled(self, options, batch_size, conditions, keys, *towards):
+        """Batches of videos of these conditions and keys, see `stream`; `towards` as in
+        `sampling.first_noise`."""
+        shape = self._frame_shape
+
+        def program(content, content_null, motion, motion_null, keys, *towards):
+            kwargs = {'towards': towards} if towards else {}
+            frame = sampling.content_program(
+                self.content,
+                self.content_process,
+                *(keys, content, content_null, shape),
+                **options['content'] | kwargs,
+            )
+            return self._animated(frame, keys, motion, motion_null, options['motion'] | kwargs)
+
+        return batches.run(program, self.mesh, batch_size, *conditions, keys, *towards)
+
     def _animated(self, frame, keys, condition, null, options):
         motion = sampling.motion_program(
             *(self.motion, self.motion_process, keys, frame, condition, null, self.statistics),
@@ -384,44 +404,3 @@ class Generator:
 
     def _batched(self, program, batch_size, *arrays):
         return batches.collect(batches.run(program, self.mesh, batch_size, *arrays))
-
-
-def load(
-    workdir: str | Path,
-    *,
-    stages: Sequence[str] = configs.STAGES,
-    stable_diffusion: str | Path | None = None,
-) -> Generator:
-    """The Generator of a run directory.
-
-    Args:
-      workdir: the run.
-      stages: those that are needed, the autoencoder among them: it alone can reconstruct, with the
-        motion stage it can predict motion, and all three generate.
-      stable_diffusion: where the pretrained image model is, if not where it was in training: a
-        folder or a repository.
-
-    Raises:
-      UserError: if a stage is missing or not trained to its last step (names the command), or
-        content and motion were trained on another autoencoder than the one there, or on
-        different conditions.
-    """
-    mesh = make_mesh()
-    found = {stage: trained.load(workdir, stage, mesh, stable_diffusion) for stage in stages}
-    there = found['autoencoder'].step
-    for stage in set(found) - {'autoencoder'}:
-        theirs = found[stage].autoencoder_step
-        if theirs != there:
-            raise UserError(
-                f'{workdir}: {stage} was trained on the autoencoder of step {theirs}, which is now '
-                f'at step {there}: train {stage} again, in a new workdir'
-            )
-    condition = {stage: found[stage].config.condition for stage in set(found) - {'autoencoder'}}
-    if len(set(condition.values())) > 1:
-        content, motion = condition['content'], condition['motion']
-        raise UserError(
-            f'{workdir}: content was trained with condition={content!r}, motion with '
-            f'condition={motion!r}: train one of them again, in a new workdir'
-        )
-    cost = {stage: trained.training_cost(workdir, stage) for stage in found}
-    return Generator(found, cost, mesh)

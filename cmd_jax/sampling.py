@@ -56,8 +56,30 @@ def to_video(
     return videos.to_uint8(frames)
 
 
+# What the parts of an example's key are for.
+CONTENT_NOISE, CONTENT_STEPS, MOTION_NOISE, MOTION_STEPS, AUGMENTATION = range(5)
+
+
+def first_noise(
+    keys: Array, x: Float[Array, 'b *s'], part: int, towards: tuple[Array, Array] | None
+) -> Float[Array, 'b *s']:
+    """Standard normal noise like x, of a part of each example's key.
+
+    With `towards`, (other keys [b], places [b] in 0..1), the noise on the great circle between that
+    of the keys (place 0) and that of the others (1), whose variance is the same: two draws of many
+    dimensions stand at right angles.
+    """
+    noise = normal_like(split_keys(keys, 5)[part], x)
+    if towards is None:
+        return noise
+    others, places = towards
+    angle = (jnp.pi / 2 * places).reshape(-1, *[1] * (x.ndim - 1))
+    there = normal_like(split_keys(others, 5)[part], x)
+    return jnp.cos(angle) * noise + jnp.sin(angle) * there
+
+
 def noisy_content(
-    keys: Array, content: Float[Array, 'b h w c'], deviation: float
+    content: Float[Array, 'b h w c'], noise: Float[Array, 'b h w c'], deviation: float
 ) -> Float[Array, 'b h w c']:
     """Content frames with Gaussian noise, as the motion network sees them.
 
@@ -65,7 +87,7 @@ def noisy_content(
     reads off them what survives noise, and no more (conditioning augmentation: Ho et al. 2022,
     arXiv 2106.15282, section 4.2).
     """
-    return content + deviation * normal_like(keys, content) if deviation else content
+    return content + deviation * noise if deviation else content
 
 
 def normalize(motion: Float[Array, 'b t s d'], statistics: dict) -> Float[Array, 'b t s d']:
@@ -99,6 +121,7 @@ def draw_content(
     clip: float | None,
     offset: int,
     final_alpha_one: bool,
+    towards: tuple[Array, Array] | None = None,
 ) -> Float[Array, 'b h w c']:
     """Content frames.
 
@@ -111,19 +134,19 @@ def draw_content(
       shape: (height, width, channels) of a frame.
       sampler, steps, clip, offset, final_alpha_one: see `diffusion.sample`.
       guidance: scale; 1: none.
+      towards: see `first_noise`.
     """
-    noise_keys, keys, _, _, _ = split_keys(keys, 5)
     denoise = guide(model, condition, null, guidance, learn_sigma=process.learn_sigma)
     return sample(
         denoise,
-        normal_like(noise_keys, jnp.empty((len(keys), *shape))),
+        first_noise(keys, jnp.empty((len(keys), *shape)), CONTENT_NOISE, towards),
         process,
         sampler=sampler,
         steps=steps,
         clip=clip,
         offset=offset,
         final_alpha_one=final_alpha_one,
-        key=keys,
+        key=split_keys(keys, 5)[CONTENT_STEPS],
     )
 
 
@@ -140,13 +163,14 @@ def draw_motion(
     steps: int,
     guidance: float,
     content_noise: float,
+    towards: tuple[Array, Array] | None = None,
 ) -> Float[Array, 'b t s d']:
     """Motion latents of the content frames; guidance keeps the frame in both branches.
 
     Condition and null: labels [b], or pooled text features [b k]; the rest as in `draw_content`.
     """
-    _, _, noise_keys, keys, content_keys = split_keys(keys, 5)
-    content = noisy_content(content_keys, content, content_noise)
+    augmentation = first_noise(keys, content, AUGMENTATION, towards)
+    content = noisy_content(content, augmentation, content_noise)
     denoise = guide(
         lambda x, t, given: model(x, t, *given),
         (content, condition),
@@ -155,8 +179,15 @@ def draw_motion(
         learn_sigma=process.learn_sigma,
     )
     shape = (model.rows * model.patch, model.columns * model.patch, model.channels)
-    noise = normal_like(noise_keys, jnp.empty((len(keys), *shape)))
-    z = sample(denoise, noise, process, sampler=sampler, steps=steps, key=keys)
+    noise = first_noise(keys, jnp.empty((len(keys), *shape)), MOTION_NOISE, towards)
+    z = sample(
+        denoise,
+        noise,
+        process,
+        sampler=sampler,
+        steps=steps,
+        key=split_keys(keys, 5)[MOTION_STEPS],
+    )
     return denormalize(z, statistics)
 
 

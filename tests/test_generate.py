@@ -93,7 +93,7 @@ def test_videos_do_not_depend_on_the_devices(run, monkeypatch):
     def videos(devices):
         mesh = meshes.make_mesh(devices=jax.devices()[:devices])
         with monkeypatch.context() as m:
-            m.setattr('cmd_jax.generate.make_mesh', lambda: mesh)
+            m.setattr('cmd_jax.loading.make_mesh', lambda: mesh)
             return cmd_jax.load(run)([3, 1, 7], seed=1)
 
     assert np.abs(videos(1).astype(int) - videos(8)).max() <= 1
@@ -123,6 +123,28 @@ def test_animate_gives_different_motions_of_one_frame(generator):
     assert (videos[0] != videos[1]).any()
     with pytest.raises(UserError, match=r'\(16, 16, 3\)'):
         generator.animate(frame[:8])
+
+
+def test_interpolate_goes_from_one_seed_to_another(generator):
+    videos = generator.interpolate(5, seeds=(3, 8), label=2)
+    assert videos.shape == (5, 4, 16, 16, 3)
+    for end, seed in ((0, 3), (4, 8)):
+        alone = generator([2], seed=seed)[0]
+        # The far end's noise is cos(pi / 2) of the near one's away from its own.
+        assert np.abs(videos[end].astype(int) - alone).max() <= 1
+    steps = np.abs(np.diff(videos.astype(int), axis=0)).mean(axis=(1, 2, 3, 4))
+    whole = np.abs(videos[4].astype(int) - videos[0]).mean()
+    assert np.all(steps > 0) and steps.max() < whole
+
+
+def test_predict_motion_of_real_clips(generator):
+    real = np.random.default_rng(0).integers(0, 256, (3, 4, 16, 16, 3)).astype(np.uint8)
+    first = generator.predict_motion(real, [0, 1, 2], seed=1)
+    assert first.shape == real.shape
+    alone = generator.predict_motion(real[1:2], [1], seed=1, first=1)
+    assert np.abs(first[1:2].astype(int) - alone).max() <= 1
+    other = generator.predict_motion(real, [0, 1, 2], seed=2)
+    assert np.abs(first.astype(int) - other).max() > 0
 
 
 def test_sample_script(run, tmp_path):

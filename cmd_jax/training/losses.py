@@ -146,7 +146,7 @@ def motion_loss(
     def loss(model, frozen, batch, keys):
         content, motion, condition = given(frozen, batch, keys, frames)
         keys, content_keys = split_keys(keys, 2)
-        content = noisy_content(content_keys, content, content_noise)
+        content = noisy_content(content, normal_like(content_keys, content), content_noise)
         z = normalize(motion, frozen['statistics'])
 
         def network(z_t, t, condition):
