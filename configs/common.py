@@ -30,6 +30,7 @@ def train(**kwargs) -> dict:
             keep_checkpoints=2,
             keep_every=0,
             preview_every=5_000,
+            test_clips=0,
             max_nonfinite=10,
         )
         | kwargs

@@ -5,14 +5,18 @@ The CPU backend guards transfers from host to device and between devices, not fr
 """
 
 import contextlib
+import json
 import re
 
 import jax
 import numpy as np
 import pytest
 
+import cmd_jax
+from cmd_jax import video
+from cmd_jax.evaluation import distances, features
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop, metrics
+from cmd_jax.training import loop, metrics, parts
 from tests import tiny
 
 STEPS = 6
@@ -135,3 +139,33 @@ def test_learning_rates_that_are_told(schedule, warmup, tmp_path):
     rates = 0.25 * (1 + np.cos(np.pi * part)) if schedule == 'cosine' else np.full(STEPS, 0.5)
     rates[:warmup] = 0.5 * np.arange(1, warmup + 1) / max(warmup, 1)
     np.testing.assert_allclose([r['learning_rate'] for r in records], rates, rtol=1e-6, atol=1e-8)
+
+
+def test_test_clips_are_compared_with_each_preview(tmp_path, monkeypatch):
+    """By I3D, at a size that takes no time; the picture shows the first ones all the same."""
+    logits = features.i3d_logits
+    monkeypatch.setattr(features, 'i3d_logits', lambda x, **kwargs: logits(x, size=32, **kwargs))
+    tree = tiny.tree('all')
+    for name in configs.STAGES:
+        tree[name]['train'].update(steps=3, preview_every=2, test_clips=12)
+    tree['content']['train']['test_clips'] = 0
+    loop.train(configs.parse(tree), tmp_path)
+    for name, frames in (('autoencoder', 4), ('motion', 4)):
+        for step in (2, 3):
+            found = json.loads((tmp_path / name / f'previews/{step:07d}.json').read_text())
+            assert found['clips'] == 12 and found['frames'] == frames and found['step'] == step
+            assert found['frechet'] > 0 and np.isfinite(found['kernel'])
+            assert not any('fvd' in word for word in found)
+    assert not list((tmp_path / 'content/previews').glob('*.json'))
+    generator = cmd_jax.load(tmp_path)
+    source = parts.make_source(generator.config['autoencoder'], 'test')
+    real = np.stack([source[i]['video'] for i in range(12)])
+    wanted = distances.frechet_distance(
+        logits(real, size=32), logits(generator.reconstruct(real), size=32)
+    )
+    found = json.loads((tmp_path / 'autoencoder/previews/0000003.json').read_text())
+    assert found['frechet'] == pytest.approx(wanted, rel=1e-2)
+    pictures = [
+        video.read(tmp_path / f'{name}/previews/0000003.mp4') for name in configs.STAGES[::2]
+    ]
+    assert {len(picture) for picture in pictures} == {4}

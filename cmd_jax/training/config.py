@@ -87,6 +87,7 @@ class Train:
     keep_checkpoints: int  # the last ones
     keep_every: int  # besides, those whose step is a multiple of it; 0: none
     preview_every: int  # besides the last step; 0: only there
+    test_clips: int  # of the test split, compared with each preview's by I3D; 0: not compared
     max_nonfinite: int  # stop after so many updates in a row with a non-finite loss or gradient
 
 
@@ -301,6 +302,7 @@ BOUNDS = {
     'weight_decay': (0.0, MANY),
     'clip_norm': (0.0, MANY),
     'preview_every': (0, MANY),
+    'test_clips': (0, MANY),
     'keep_every': (0, MANY),
     'device_batch': (0, MANY),
     'l1_weight': (0.0, MANY),

@@ -120,10 +120,16 @@ def train_stage(
             step = int(state.step)
 
             def preview(step, state):
-                model, clips = nnx.merge(made.graphdef, state.ema), given.inputs(data.clips)
-                out = previews.make(stage.preview, model, networks, clips, mesh)
+                model, count = nnx.merge(made.graphdef, state.ema), settings.test_clips
+                clips = {k: x[: max(count, previews.PREVIEWS)] for k, x in data.clips.items()}
+                clips = given.inputs(clips)
+                out, together = previews.make(stage.preview, model, networks, clips, mesh)
                 if main:
-                    previews.write(folder / 'previews', step, *out)
+                    where = folder / 'previews'
+                    if count:
+                        previews.measure(where, step, out, together)
+                    # Last: what is looked for is the picture.
+                    previews.write(where, step, out[: together * previews.PREVIEWS], together)
 
             # The process before may have ended between the step's saving and its preview.
             if previews.due(step, settings) and previews.missing(folder / 'previews', step):

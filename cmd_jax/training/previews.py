@@ -1,22 +1,27 @@
-"""Previews of a stage in training, made by all processes and written by one.
+"""Previews of a stage in training, made by all processes and written by one; and what sets of such
+videos are worth.
 
 A stage's preview is a function (network, frozen, batch of real clips, keys) -> arrays of uint8
 videos [n t h w 3], n of each, which are looked at side by side (images are videos of one frame).
 """
 
 import functools
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 from einops import repeat
 
-from cmd_jax import sampling
+from cmd_jax import atomic, sampling
 from cmd_jax import video as videos
 from cmd_jax.data.clips import Skipped
 from cmd_jax.errors import UserError
+from cmd_jax.evaluation import distances, features
+from cmd_jax.evaluation.networks import i3d
 from cmd_jax.parallel.distributed import any_process, is_main
-from cmd_jax.parallel.mesh import batch_sharding, batch_ways
+from cmd_jax.parallel.mesh import batch_sharding, batch_ways, make_mesh
 from cmd_jax.parallel.placement import fetch, put
 from cmd_jax.training import config as configs
 from cmd_jax.training import losses
@@ -37,16 +42,25 @@ def missing(folder: Path, step: int) -> bool:
 
 def make(preview, model, frozen: dict, batch: dict, mesh) -> tuple[np.ndarray, int]:
     """The videos of a stage's preview, those that belong together behind each other, and how many
-    these are. The clips are split over the mesh."""
+    these are. The clips are split over the mesh, PREVIEWS at a time."""
+    count = len(jax.tree.leaves(batch)[0])
+    pieces = []
+    for first in range(0, count, PREVIEWS):
+        some = {name: x[first : first + PREVIEWS] for name, x in batch.items()}
+        pieces.append(_some(preview, model, frozen, some, mesh, first))
+    found = [np.concatenate(videos) for videos in zip(*pieces)]
+    return np.stack(found, axis=1).reshape(-1, *found[0].shape[1:]), len(found)
+
+
+def _some(preview, model, frozen, batch, mesh, first: int) -> list[np.ndarray]:
     count = len(jax.tree.leaves(batch)[0])
     rows = np.arange(count + -count % batch_ways(mesh)) % count
     sharding = batch_sharding(mesh)
     keys = jax.jit(
-        functools.partial(sampling.video_keys, 0, 0, len(rows)), out_shardings=sharding
+        functools.partial(sampling.video_keys, 0, first, len(rows)), out_shardings=sharding
     )()
     batch = put({name: x[rows] for name, x in batch.items()}, sharding)
-    found = [fetch(x)[:count] for x in preview(model, frozen, batch, keys)]
-    return np.stack(found, axis=1).reshape(-1, *found[0].shape[1:]), len(found)
+    return [fetch(x)[:count] for x in preview(model, frozen, batch, keys)]
 
 
 def write(folder: Path, step: int, out: np.ndarray, together: int):
@@ -61,9 +75,31 @@ def write(folder: Path, step: int, out: np.ndarray, together: int):
     videos.write_image(folder / f'{step:07d}.png', videos.filmstrip(out), scale=scale)
 
 
-def clips(source) -> dict[str, np.ndarray]:
-    """The first clips of a source as a batch: always the same."""
-    found = [source[i] for i in range(min(PREVIEWS, len(source)))]
+def measure(folder: Path, step: int, out: np.ndarray, together: int):
+    """FOLDER/STEP.json: Frechet and kernel distance of I3D's features between the real clips of a
+    preview and what was made of them. Of a sample far smaller than an FVD's, to follow a run by.
+    """
+    mesh = make_mesh(devices=jax.local_devices())
+    ends = out[::together], out[together - 1 :: together]
+    real, made = (features.i3d_logits(videos, mesh=mesh) for videos in ends)
+    found = {
+        'step': step,
+        'clips': len(real),
+        'frames': out.shape[1],
+        'i3d_size': i3d.SIZE,
+        'frechet': distances.frechet_distance(real, made),
+        'kernel': distances.kernel_distance(real, made),
+    }
+    atomic.write(folder / f'{step:07d}.json', json.dumps(found) + '\n')
+    logging.info(
+        'step %d: Frechet distance %.4g, kernel distance %.4g of %d test clips (no FVD)',
+        *(step, found['frechet'], found['kernel'], len(real)),
+    )
+
+
+def clips(source, count: int) -> dict[str, np.ndarray]:
+    """The first clips of a source as a batch, PREVIEWS at least: always the same."""
+    found = [source[i] for i in range(min(max(count, PREVIEWS), len(source)))]
     good = [clip for clip in found if not isinstance(clip, Skipped)]
     if not good:
         raise UserError(f'{source.name}: no clip of the test split can be had: {found[0]}')
