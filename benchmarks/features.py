@@ -15,6 +15,7 @@ from absl import app, flags
 from benchmarks.timing import machine, matmul_peak
 from cmd_jax import atomic
 from cmd_jax.evaluation import features, intervals
+from cmd_jax.evaluation.networks import i3d
 from cmd_jax.memory import peak_memory_gb
 from cmd_jax.models import flops
 
@@ -40,7 +41,7 @@ def main(_):
     seconds = time.perf_counter() - started
     memory = peak_memory_gb()
     one = np.zeros((1, *shape), np.uint8)
-    work = flops.count(features.i3d_program, features.load_i3d(), one).flops
+    work = flops.count(features.i3d_program, i3d.load(), one).flops
     found = np.concatenate(found)
     half = len(found) // 2
     before = time.perf_counter()

@@ -12,6 +12,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import cmd_jax
 from cmd_jax import video
@@ -62,7 +63,8 @@ def test_ablation(generator, tmp_path):
     assert numbers['num_real'] == numbers['num_generated'] == 6
     assert numbers['sampler_motion'] == 'ddim' and numbers['steps_content'] == 2
     assert numbers['real_split'] == 'train' and numbers['real_height'] == 16
-    assert len(numbers['i3d_sha256']) == 64
+    assert len(numbers['i3d_sha256']) == len(numbers['sha256_content']) == 64
+    assert numbers['checkpoint_content'] == 6
 
     again, _ = carry_out(generator, 'ablation', tmp_path, dataclasses.replace(FEW, batch_size=16))
     for key, value in numbers.items():
@@ -192,6 +194,8 @@ def test_videos_that_were_resized_before_are_told(generator, tmp_path):
         noise = rng.integers(0, 256, (10, *size, 3), dtype=np.uint8)
         video.write(tmp_path / 'videos' / f'{i}.mp4', noise)
     settings = dataclasses.replace(FEW, data=f'folder:{tmp_path}/videos', num_videos=2)
+    with pytest.raises(UserError, match='its classes are not those of this run .zero, one, two'):
+        carry_out(generator, 'fvd_2048', tmp_path, settings)
     protocol = dataclasses.replace(PROTOCOLS['reconstruction'], split='train')
     numbers, _ = measure.measure(generator, 'reconstruction', protocol, settings, tmp_path)
     assert 'resized before' in numbers['warnings'] and '12 x 16' in numbers['warnings']
@@ -220,6 +224,7 @@ class Writer:
     text, class_names, steps = True, [], {'autoencoder': 1, 'content': 2, 'motion': 3}
 
     def __init__(self):
+        self.autoencoder = self.content = self.motion = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
         config = tiny.config()
         self.config = dict.fromkeys(self.steps, config)
         self.mesh = make_mesh(devices=jax.devices()[:2])
@@ -252,6 +257,32 @@ def test_text_to_video(clip_folder, tmp_path):
     assert not {'generation_frechet', 'i3d_sha256'} & set(numbers)
 
 
+def test_features_are_fetched_behind_the_next_sampling(monkeypatch):
+    """The devices always have something to do while the host waits for a result."""
+    events = []
+
+    class Found:
+        def __init__(self, batch):
+            self.batch = batch
+
+        def __array__(self, *_, **__):
+            events.append(('fetched', int(self.batch[0, 0, 0, 0, 0])))
+            return np.zeros((2, 3))
+
+    def sampled():
+        for i in range(4):
+            events.append(('sampled', i))
+            yield np.full((2, 1, 4, 4, 3), i, np.uint8), 2
+
+    monkeypatch.setattr(features, 'load_i3d', lambda *_: None)
+    monkeypatch.setattr(features, 'i3d_program', lambda network, batch, size: Found(batch))
+    videos = measure.Videos(FEW, True, None)
+    videos.stream(sampled(), None, None)
+    for i in range(3):
+        assert events.index(('sampled', i + 1)) < events.index(('fetched', i))
+    assert videos.features.shape == (8, 3)
+
+
 def evaluate(*flags):
     root = pathlib.Path(__file__).parents[1]
     return subprocess.run(
@@ -272,10 +303,12 @@ def test_script_writes_numbers_and_one_page(run, tmp_path):
     assert numbers['real_seed'] == 1 and other['real_seed'] == 0
     page = (tmp_path / 'b/report.html').read_text()
     assert 'Beside other runs' in page and f'Pictures of {tmp_path}' in page
-    assert (
-        f'<td>{numbers["reconstruction_psnr"]:.4g}</td><td>{other["reconstruction_psnr"]:.4g}'
-        in page
-    )
+    cells = []
+    for found in (numbers, other):
+        value, low, high = (found[f'reconstruction_psnr{end}'] for end in ('', '_low', '_high'))
+        cells.append(f'<td>{value:.4g}<small>{low:.4g} to {high:.4g}</small>')
+    assert '</td>'.join(cells) in page
+    assert '<td>real_seed</td><td>1</td><td>0</td>' in page
 
 
 @pytest.mark.parametrize(

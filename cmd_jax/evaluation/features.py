@@ -21,7 +21,7 @@ from cmd_jax.evaluation.networks import clip as clips
 from cmd_jax.evaluation.networks import i3d
 from cmd_jax.evaluation.networks import lpips as perceptual
 from cmd_jax.parallel import batches
-from cmd_jax.parallel.mesh import make_mesh
+from cmd_jax.parallel.mesh import make_mesh, replicated
 
 
 def resize(videos: UInt8[Array, 'b t h w 3'], size: int) -> Float[Array, 'b t s s 3']:
@@ -59,15 +59,15 @@ def lpips_program(
 
 
 @functools.cache
-def load_i3d(path: str | pathlib.Path | None = None) -> i3d.I3D:
-    """I3D, read once in a process."""
-    return i3d.load(path)
+def load_i3d(path: str | pathlib.Path | None, mesh: jax.sharding.Mesh) -> i3d.I3D:
+    """I3D on all devices of a mesh, read once in a process."""
+    return jax.device_put(i3d.load(path), replicated(mesh))
 
 
 @functools.cache
-def load_lpips(net: str) -> perceptual.LPIPS:
-    """LPIPS, read once in a process."""
-    return perceptual.load(net)
+def load_lpips(net: str, mesh: jax.sharding.Mesh) -> perceptual.LPIPS:
+    """LPIPS on all devices of a mesh, read once in a process."""
+    return jax.device_put(perceptual.load(net), replicated(mesh))
 
 
 def i3d_logits(
@@ -92,8 +92,9 @@ def i3d_logits(
       UserError: the weights are not there.
     """
     check_videos(video=video)
-    program = functools.partial(i3d_program, load_i3d(path), size=size)
-    return batches.collect(batches.run(program, mesh or make_mesh(), batch_size, video))
+    mesh = mesh or make_mesh()
+    program = functools.partial(i3d_program, load_i3d(path, mesh), size=size)
+    return batches.collect(batches.run(program, mesh, batch_size, video))
 
 
 def fvd(
@@ -140,8 +141,9 @@ def lpips(
       UserError: the weights are not there, or the frames are too small.
     """
     check_pairs(a, b)
-    program = functools.partial(lpips_program, load_lpips(net))
-    values = batches.collect(batches.run(program, mesh or make_mesh(), batch_size, a, b))
+    mesh = mesh or make_mesh()
+    program = functools.partial(lpips_program, load_lpips(net, mesh))
+    values = batches.collect(batches.run(program, mesh, batch_size, a, b))
     return over_pairs(values.astype(np.float64), mean)
 
 

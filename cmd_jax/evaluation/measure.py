@@ -16,6 +16,7 @@ from cmd_jax.evaluation.networks import clip as clips
 from cmd_jax.evaluation.networks import i3d, lpips, pretrained
 from cmd_jax.evaluation.protocols import Protocol, fake_conditions, fingerprint
 from cmd_jax.parallel import batches
+from cmd_jax.training import trained
 
 SHOWN = 16  # clips of each kind for the page
 AT_ONCE = 256  # generated videos whose conditions are in memory
@@ -73,6 +74,10 @@ class Videos:
         if room > 0:
             self.shown.append(np.asarray(videos[:room]))
 
+    def restore(self, kept: dict[str, np.ndarray]):
+        """Takes what `real_clips.keep` has kept."""
+        self.shown, self._found = [kept['shown']], [kept['features']]
+
     def add(self, videos: np.ndarray, real: np.ndarray | None = None):
         """Videos on the host, and the real clips that they stand for, to compare in pairs."""
         self.show(videos)
@@ -87,12 +92,12 @@ class Videos:
     def stream(self, videos: Iterator, prompts: list[str] | None, clip: clips.CLIP | None):
         """Batches on the devices, as `Generator.stream` gives them: what I3D says of one is
         computed behind the next one's sampling, and nothing waits for the host."""
-        network = features.load_i3d(self._settings.i3d) if self._distance else None
 
         def looked_at():
             for batch, count in videos:
                 found = None
-                if network is not None:
+                if self._distance:
+                    network = features.load_i3d(self._settings.i3d, self._mesh)
                     found = features.i3d_program(network, batch, size=self._settings.size)
                 yield batch, found, count
 
@@ -152,6 +157,12 @@ def measure(
     clip = clips.load(settings.clip, generator.mesh) if protocol.similarity else None
     wanted = settings.num_videos or protocol.num_real
     real = real_clips.RealClips(config, protocol, settings.data, wanted, settings.seed)
+    conditioned = generator.class_names and protocol.parts != ('reconstruction',)
+    if conditioned and real.class_names != generator.class_names:
+        raise UserError(
+            f'--data={settings.data}: its classes are not those of this run '
+            f'({", ".join(generator.class_names[:3])}, ...): give videos of the same classes'
+        )
     # Nothing else is called FVD.
     official = settings.num_videos is None and settings.size == i3d.SIZE
     numbers = {'protocol': name, 'comparable': official}
@@ -166,7 +177,7 @@ def measure(
         before = time.perf_counter()
         found['generation'] = generate(settings.guidance)
         numbers |= {'num_generated': count, 'seconds_generation': time.perf_counter() - before}
-        numbers |= _sampled(generator, settings) | ({'clip_sha256': clip.sha256} if clip else {})
+        numbers |= {'clip_sha256': clip.sha256} if clip else {}
         estimate = functools.partial(_estimates, found['real'], protocol, official, settings)
         pictures['sweep'] = [(scale, estimate(generate(scale))) for scale in settings.sweep]
     for part in protocol.parts:
@@ -198,8 +209,7 @@ def _look_at_real(generator, protocol, settings, real, cache):
     labels, captions = [], []
     if before is not None:
         logging.info('features of %d real clips from %s', len(before['labels']), path)
-        found['real'].shown = [before['shown']]
-        found['real']._found = [before['features']]
+        found['real'].restore(before)
         labels, captions = before['labels'].tolist(), before['captions'].tolist()
         if not parts:
             return found, labels, captions
@@ -210,16 +220,11 @@ def _look_at_real(generator, protocol, settings, real, cache):
             found['real'].add(videos)
             labels += chunk['label'].tolist()
             captions += chunk['caption']
-        options = dict(batch_size=settings.batch_size)
         for part in parts:
             if part == 'reconstruction':
-                out = generator.reconstruct(videos, **options)
+                out = generator.reconstruct(videos, batch_size=settings.batch_size)
             else:
-                given = {'prompt': chunk['caption']} if generator.text else {}
-                if generator.class_names:
-                    given = {'labels': chunk['label'].tolist()}
-                options = settings.sampling | dict(guidance=settings.guidance, first=done) | options
-                out = generator.predict_motion(videos, **given, **options)
+                out = _predict_motion(generator, settings, chunk, done)
             found[part].add(out, videos if protocol.pairs else None)
         done += len(videos)
         logging.info('%d of %d real clips', done, real.count)
@@ -227,6 +232,23 @@ def _look_at_real(generator, protocol, settings, real, cache):
         shown = np.concatenate(found['real'].shown)
         real_clips.keep(path, found['real'].features, labels, captions, shown)
     return found, labels, captions
+
+
+def _predict_motion(generator, settings, chunk, first) -> np.ndarray:
+    """Real clips, from number `first` on, with generated motion."""
+    given = {}
+    if generator.text:
+        given = {'prompt': chunk['caption']}
+    elif generator.class_names:
+        given = {'labels': chunk['label'].tolist()}
+    return generator.predict_motion(
+        chunk['video'],
+        **given,
+        first=first,
+        guidance=settings.guidance,
+        batch_size=settings.batch_size,
+        **settings.sampling,
+    )
 
 
 def _generate(generator, protocol, settings, asked, clip, guidance) -> Videos:
@@ -263,25 +285,27 @@ def _estimates(real: Videos, protocol, official, settings, videos: Videos) -> di
 
 
 def _sampled(generator, settings) -> dict:
-    """How videos were generated."""
+    """How the stages that were loaded were sampled."""
+    if generator.motion is None:
+        return {}
     used = generator.options(
         steps=settings.steps, guidance=settings.guidance, sampler=settings.sampler
     )
     return {
         f'{option}_{stage}': used[stage][option]
-        for stage in ('content', 'motion')
+        for stage in sorted(used)
         for option in ('sampler', 'steps', 'guidance')
     }
 
 
 def _about(generator, real, protocol, settings) -> dict:
-    """What the numbers depend on, besides how videos were sampled."""
+    """What the numbers depend on."""
     about = {f'real_{name}': value for name, value in real.settings.items()}
-    about |= {f'checkpoint_{stage}': step for stage, step in generator.steps.items()}
-    about |= {
-        f'ema_decay_{stage}': getattr(config, stage).train.ema_decay
-        for stage, config in generator.config.items()
-    }
+    for stage, config in generator.config.items():
+        about[f'checkpoint_{stage}'] = generator.steps[stage]
+        about[f'sha256_{stage}'] = trained.fingerprint(getattr(generator, stage))
+        about[f'ema_decay_{stage}'] = getattr(config, stage).train.ema_decay
+    about |= _sampled(generator, settings)
     if protocol.distance:
         about |= {
             'i3d_sha256': pretrained.sha256(i3d.weights(settings.i3d)),

@@ -22,6 +22,7 @@ from cmd_jax.evaluation import (
     run,
 )
 from cmd_jax.evaluation.distances import psnr
+from cmd_jax.evaluation.networks import i3d
 
 # What the quickstart promises: name -> (lowest, highest) accepted.
 TARGETS = {
@@ -81,7 +82,7 @@ def evaluate(
     """
     if num_videos < 10 or num_videos % 10:
         raise UserError(f'num_videos={num_videos} must be a positive multiple of 10, the digits')
-    features.load_i3d()  # or say now that it is not installed
+    i3d.weights()  # or say now that they are not installed
     start = time.perf_counter()
     sizes = run.clip_sizes(generator, 'moving_digits', 'moving_digits')
     real, real_labels, _ = digit_judge.real_clips('test', num_real, seed=seed, **sizes)
@@ -204,7 +205,10 @@ def sections(numbers: dict, pictures: dict) -> list[report.Section]:
             table=report.Table(
                 columns=('instead of real clips', 'Frechet distance', 'kernel distance'),
                 rows=[
-                    (title, *(interval(numbers, f'{part}_{x}') for x in ('frechet', 'kernel')))
+                    (
+                        title,
+                        *(pages.interval(numbers, f'{part}_{x}') for x in ('frechet', 'kernel')),
+                    )
                     for part, title in pages.TITLES.items()
                     if part != 'real'
                 ],
@@ -255,9 +259,3 @@ def sections(numbers: dict, pictures: dict) -> list[report.Section]:
             width=130,
         ),
     ]
-
-
-def interval(numbers: dict, key: str) -> str:
-    """A number with its interval in small print."""
-    low, high = (report.text(numbers[f'{key}_{end}']) for end in ('low', 'high'))
-    return f'{report.text(numbers[key])}\n{low} to {high}'

@@ -78,10 +78,10 @@ def _numbers(name, protocol, numbers):
         rows.append((f'{row[0]}\n{MEANING[measure]}', *row[1:]))
     told = [protocol.about]
     if not numbers['comparable']:
+        count = numbers.get('num_generated', numbers['num_real'])
         told.append(
-            f'Here with {numbers["num_real"]} real clips and I3D at {numbers.get("i3d_size", "no")}'
-            ' pixels a side: not the protocol, so no number is called FVD, and none can be '
-            'compared with published ones.'
+            f'Here with {count} videos: not the protocol, so no number is called FVD, and none can '
+            'be compared with published ones.'
         )
     if numbers['warnings']:
         told.append(f'Warning: {numbers["warnings"]}.')
@@ -125,7 +125,8 @@ def _sweep(numbers, sweep: Sequence[tuple[float, Mapping[str, Estimate]]]):
         ends = (numbers[f'{key}{end}'] for end in ('', '_low', '_high'))
         points.append((numbers['guidance_content'], Estimate(*ends)))
         caption = f'{measure} against the guidance scale'
-        uri = plots.line(sorted(points), 'guidance', measure)
+        points.sort(key=lambda point: point[0])
+        uri = plots.line(points, 'guidance', measure)
         figures.append(report.Figure(uri=uri, caption=caption))
     rows = [
         (report.text(scale), *(str(estimate) for estimate in found.values()))
@@ -167,15 +168,15 @@ def comparison(name: str, numbers: Mapping, runs: Sequence[str]) -> list[report.
         return []
     others = {run: report.read(run, name) for run in runs}
     columns = ['number', 'this run', *others]
+    sets = [numbers, *(theirs for theirs, _ in others.values())]
     rows, set_otherwise = [], []
     for key, value in numbers.items():
-        theirs = [found.get(key) for found, _ in others.values()]
-        row = (key, report.text(value), *map(report.text, theirs))
+        if key.endswith(('_low', '_high')):
+            continue
+        row = (key, *(interval(found, key) for found in sets))
         if f'{key}_low' in numbers:
             rows.append(row)
-        elif isinstance(value, float) and not key.startswith(('seconds', 'memory')):
-            rows.append(row)
-        elif any(other != value for other in theirs) and not key.endswith(('_low', '_high')):
+        elif any(found.get(key) != value for found in sets):
             set_otherwise.append(row)
     found = [
         report.Section(heading='Beside other runs', table=report.Table(columns=columns, rows=rows))
@@ -184,7 +185,7 @@ def comparison(name: str, numbers: Mapping, runs: Sequence[str]) -> list[report.
         found.append(
             report.Section(
                 heading='What differs besides',
-                text='Settings, versions and costs that are not those of this run.',
+                text='Settings, versions, costs and numbers without intervals.',
                 table=report.Table(columns=columns, rows=set_otherwise),
             )
         )
@@ -192,3 +193,10 @@ def comparison(name: str, numbers: Mapping, runs: Sequence[str]) -> list[report.
         figures = [figure for section in theirs for figure in section.figures]
         found.append(report.Section(heading=f'Pictures of {run}', figures=figures[:8], width=320))
     return found
+
+
+def interval(numbers: Mapping, key: str) -> str:
+    """A number, with its interval in small print if it has one."""
+    ends = [numbers.get(f'{key}_{end}') for end in ('low', 'high')]
+    value = report.text(numbers.get(key))
+    return value if None in ends else f'{value}\n{" to ".join(map(report.text, ends))}'

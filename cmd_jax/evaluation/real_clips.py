@@ -30,6 +30,7 @@ class RealClips:
     Attributes:
       count: how many.
       settings: what decides them, as plain values.
+      class_names: of the source; empty where there are no classes.
       warnings: what may make their numbers another protocol's.
     """
 
@@ -57,6 +58,7 @@ class RealClips:
             raise UserError(f'--data={chosen.source}: a latent cache has no videos, give them')
         config = dataclasses.replace(config, data=chosen)
         self._source, self._seed = parts.make_source(config, protocol.split, seed=0), seed
+        self.class_names = list(self._source.class_names)
         there = len(self._source)
         if count is not None and there < count:
             raise UserError(
