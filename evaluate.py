@@ -22,6 +22,9 @@ NAMES = (*DIGITS, *PROTOCOLS)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The run to measure.', required=True)
 _PROTOCOL = flags.DEFINE_string('protocol', 'moving_digits', f'One of: {", ".join(NAMES)}.')
 _OUT = flags.DEFINE_string('out', None, 'Folder of the report; the run itself if not given.')
+_STABLE_DIFFUSION = flags.DEFINE_string(
+    'stable_diffusion', None, 'Folder of the pretrained image model, if it has moved.'
+)
 _COMPARE = flags.DEFINE_list(
     'compare', [], 'Other runs that were measured by the same protocol: shown side by side.'
 )
@@ -30,7 +33,7 @@ _COMMON = (
     flags.DEFINE_float('guidance', None, "Guidance scale; the run's own if not given."),
     flags.DEFINE_integer('seed', 0, 'Seed of the samples and of the real clips.'),
     flags.DEFINE_integer(
-        'num_videos', None, "How many videos; the protocol's own number if not given.", 2
+        'num_videos', None, "How many videos; the protocol's own number if not given.", 3
     ),
 )
 _GENERAL = (
@@ -70,7 +73,7 @@ def digits(name: str):
         raise UserError(f'--{given[0]} is not for protocol={name}: leave it out')
     protocol = DIGITS[name]
     settings = {flag.name: flag.value for flag in _COMMON if flag.value is not None}
-    numbers, pictures = protocol.evaluate(cmd_jax.load(_WORKDIR.value), **settings)
+    numbers, pictures = protocol.evaluate(load(), **settings)
     return (
         {'protocol': name} | numbers,
         protocol.sections(numbers, pictures),
@@ -86,12 +89,17 @@ def general(name: str, out):
         given['sweep'] = _scales(given['sweep'])
         if 'generation' not in protocol.parts:
             raise UserError(f'--sweep is for generated videos, and protocol={name} has none')
-    generator = cmd_jax.load(_WORKDIR.value, stages=protocol.stages)
+    generator = load(stages=protocol.stages)
     settings = measure.Settings(**given)
     cache = out / report.FOLDER / 'cache'
     numbers, pictures = measure.measure(generator, name, protocol, settings, cache)
     sections = pages.sections(name, protocol, numbers, pictures)
     return numbers, sections, pages.headline(protocol, numbers)
+
+
+def load(**options):
+    """The run."""
+    return cmd_jax.load(_WORKDIR.value, stable_diffusion=_STABLE_DIFFUSION.value, **options)
 
 
 def _scales(words: list[str]) -> list[float]:

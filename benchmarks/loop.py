@@ -163,7 +163,7 @@ def line(found: dict) -> str:
     cells = told('bare_ms'), told('loop_ms'), told('overhead', 100), told('host_ms')
     bound = found['host_ms_spread'][1] / found['bare_ms_spread'][0]
     low, high = found['overhead_quartiles']
-    verdict = 'met' if min(bound, high) < TARGET else 'MISSED' if low > TARGET else 'undecided'
+    verdict = 'MISSED' if low > TARGET else 'met' if min(bound, high) < TARGET else 'undecided'
     verdict += (
         f' (quartiles {100 * low:.1f} to {100 * high:.1f} %, host at most {100 * bound:.1f} %)'
     )

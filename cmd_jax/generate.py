@@ -68,6 +68,17 @@ class Generator:
             self.text = self.config[stage].condition == 'text'
         self.stable_diffusion, self._motion_text = stable_diffusion, motion_text
 
+    def _need(self, *stages: str):
+        """Raises UserError where a stage was not loaded."""
+        for stage in stages:
+            if stage not in self.config:
+                raise UserError(f'the {stage} stage was not loaded: load the run with all stages')
+
+    def _need_labels(self, labels: Sequence[int] | None):
+        """Raises UserError where a class would be nobody's choice."""
+        if labels is None and self.class_names:
+            raise UserError(f'a class is missing: name one of 0..{len(self.class_names) - 1}')
+
     @property
     def _vae(self):
         return self.stable_diffusion and self.stable_diffusion.vae
@@ -136,6 +147,7 @@ class Generator:
         the rest fills the last batch up). The next batch is under way when one is given out, so
         what is computed of it on the devices does not keep them waiting. With first=k they are
         the videos k, k + 1, ... of the seed."""
+        self._need('content', 'motion')
         asked = self.conditions(labels, prompt, negative_prompt, num_videos)
         options = self.options(**options)
         if negative_prompt and 1.0 in {options[stage]['guidance'] for stage in options}:
@@ -161,17 +173,23 @@ class Generator:
         Args:
           n: of them, both ends included.
           seeds: of the ends.
-          label, prompt: of all of them.
-          negative_prompt, batch_size, options: see `__call__`.
+          label, prompt: of all of them; not left out where the run is conditioned.
+          negative_prompt, batch_size, options: see `__call__`; the sampler is DDIM.
+
+        Raises:
+          UserError: without a condition where the run has one, or for a sampler that adds noise.
         """
+        self._need('content', 'motion')
         labels = None if label is None else [label]
+        self._need_labels(labels)
         asked = self.conditions(labels, prompt, negative_prompt, n)
+        options = self.options(**{'sampler': 'ddim'} | options)
+        if options['motion']['sampler'] == 'ddpm':
+            raise UserError('interpolate: ddpm adds noise at every step, take another sampler')
         there, back = (jnp.repeat(sampling.video_keys(seed, 0, 1), n) for seed in seeds)
         places = jnp.linspace(0, 1, n)
         arrays = dataclasses.astuple(asked)
-        return batches.collect(
-            self._sampled(self.options(**options), batch_size, arrays, there, back, places)
-        )
+        return batches.collect(self._sampled(options, batch_size, arrays, there, back, places))
 
     def animate(
         self,
@@ -202,6 +220,7 @@ class Generator:
         Raises:
           UserError: unless exactly one of content and image is given, as uint8 of that shape.
         """
+        self._need('motion')
         if (content is None) == (image is None):
             raise UserError('animate needs content or image, one of them')
         data = self.config['autoencoder'].data
@@ -260,11 +279,19 @@ class Generator:
 
         Args:
           video: real clips.
-          labels, prompt: of each, as the run is conditioned.
+          labels, prompt: one of each, as the run is conditioned.
           first: the number of the first video of the seed.
           seed, steps, guidance, sampler, batch_size: see `__call__`; of the motion stage.
+
+        Raises:
+          UserError: no video, or not a condition for each where the run has one.
         """
+        self._need('motion')
         conditions.check_bytes('video', video)
+        self._need_labels(labels)
+        given = prompt if labels is None else labels
+        if given is not None and len(given) != len(video):
+            raise UserError(f'{len(video)} videos and {len(given)} conditions: give one for each')
         asked = self.conditions(labels, prompt, '', len(video))
         options = self.options(steps=steps, guidance=guidance, sampler=sampler)['motion']
 
@@ -325,44 +352,10 @@ class Generator:
         """The labels of `num_videos` videos, checked; see `__call__`."""
         return conditions.check_labels(labels, num_videos, self.motion.num_classes)
 
-    def options(
-        self,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        motion_steps: int | None = None,
-        motion_guidance: float | None = None,
-        sampler: str | None = None,
-    ) -> dict[str, dict]:
-        """{'content': …, 'motion': …}: how the stages are sampled, defaults filled in."""
+    def options(self, **options) -> dict[str, dict]:
+        """{'content': …, 'motion': …}: how the stages are sampled, see `parts.sampling_options`."""
         conditioned = bool(self.class_names) or self.text
-        if not conditioned and {guidance, motion_guidance} - {None, 1.0}:
-            raise UserError(
-                f'guidance={guidance or motion_guidance}: this run has no classes, leave it out'
-            )
-        asked = {
-            'content': (steps, guidance),
-            'motion': (
-                steps if motion_steps is None else motion_steps,
-                guidance if motion_guidance is None else motion_guidance,
-            ),
-        }
-        options = {}
-        for stage in set(asked) & set(self.config):
-            steps, guidance = asked[stage]
-            section = getattr(self.config[stage], stage)
-            default = section.sampling
-            if guidance is None:
-                guidance = default.guidance if conditioned else 1.0
-            options[stage] = {
-                'sampler': sampler or default.sampler,
-                'steps': default.steps if steps is None else steps,
-                'guidance': float(guidance),
-            }
-        if 'content' in options:
-            options['content'] |= parts.content_sampling(self.config['content'])
-        options['motion']['content_noise'] = self.config['motion'].motion.content_noise
-        return options
+        return parts.sampling_options(self.config, conditioned, **options)
 
     @property
     def _frame_shape(self) -> tuple[int, int, int]:

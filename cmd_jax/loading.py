@@ -34,6 +34,11 @@ def load(
         content and motion were trained on another autoencoder than the one there, or on
         different conditions.
     """
+    unknown = set(stages) - set(configs.STAGES)
+    if unknown or 'autoencoder' not in stages:
+        raise UserError(
+            f'stages={list(stages)}: some of {configs.STAGES}, the autoencoder among them'
+        )
     mesh = make_mesh()
     found = {stage: trained.load(workdir, stage, mesh, stable_diffusion) for stage in stages}
     there = found['autoencoder'].step

@@ -7,7 +7,7 @@ latents of a Stable Diffusion VAE (latent mode); `vae` is None in pixel mode.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from cmd_jax import video as videos
 from cmd_jax.diffusion import Process, guide, sample
@@ -100,10 +100,10 @@ def denormalize(z: Float[Array, 'b t s d'], statistics: dict) -> Float[Array, 'b
     return z * statistics['std'] + statistics['mean']
 
 
-def video_keys(seed: int, first: int, count: int) -> Array:
+def video_keys(seed: int, first: int | Int[Array, ''], count: int) -> Array:
     """Keys of the videos first .. first + count - 1 of a seed, [count]."""
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
-        jnp.arange(first, first + count)
+        first + jnp.arange(count)
     )
 
 

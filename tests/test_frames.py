@@ -75,12 +75,14 @@ def temporary(function, vae, x, **options):
 
 @pytest.mark.parametrize('function, shape', [(ENCODE, (8, 8, 3)), (DECODE, (8, 8, 4))])
 def test_memory_grows_with_the_group_and_not_with_the_video(flat, function, shape):
-    def memory(t, at_once):
-        return temporary(function, flat, jnp.zeros((1, t, *shape)), at_once=at_once)
+    def memory(t, at_once, videos=1):
+        return temporary(function, flat, jnp.zeros((videos, t, *shape)), at_once=at_once)
 
     short, long, wide = memory(8, 2), memory(64, 2), memory(64, 8)
     assert abs(long - short) < 0.02 * short
     assert wide > 2 * short
+    # A group is of frames of all videos, not of each.
+    assert abs(memory(16, 8, videos=4) - wide) < 0.05 * wide
 
 
 def test_tiles_take_less_memory(flat):

@@ -147,6 +147,33 @@ def test_predict_motion_of_real_clips(generator):
     assert np.abs(first.astype(int) - other).max() > 0
 
 
+def test_videos_that_belong_together_need_a_condition(generator):
+    real = np.zeros((3, 4, 16, 16, 3), np.uint8)
+    for ask in (lambda: generator.interpolate(3), lambda: generator.predict_motion(real)):
+        with pytest.raises(UserError, match=r'a class is missing: name one of 0\.\.9'):
+            ask()
+    with pytest.raises(UserError, match='3 videos and 2 conditions: give one for each'):
+        generator.predict_motion(real, [0, 1])
+    with pytest.raises(UserError, match='ddpm adds noise at every step'):
+        generator.interpolate(3, label=1, sampler='ddpm')
+    with pytest.raises(UserError, match='no videos were given'):
+        generator.reconstruct(real[:0])
+
+
+def test_stages_on_their_own(run, generator):
+    alone = cmd_jax.load(run, stages=['autoencoder', 'motion'])
+    real = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 16, 3)).astype(np.uint8)
+    for ask in (alone.__call__, alone.interpolate):
+        with pytest.raises(UserError, match='the content stage was not loaded'):
+            ask()
+    predicted = [x.predict_motion(real, [0, 1], seed=1) for x in (alone, generator)]
+    np.testing.assert_array_equal(*predicted)
+    with pytest.raises(UserError, match='the motion stage was not loaded'):
+        cmd_jax.load(run, stages=['autoencoder']).animate(real[0, 0])
+    with pytest.raises(UserError, match="'autoencoder', 'content', 'motion'"):
+        cmd_jax.load(run, stages=['content'])
+
+
 def test_sample_script(run, tmp_path):
     code, stderr = script(
         'sample.py', f'--workdir={run}', '--labels=three,7', '--num_videos=3', f'--out={tmp_path}'

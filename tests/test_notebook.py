@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import pathlib
 import re
 
@@ -29,13 +30,14 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert not any(cell.get('outputs') for cell in notebook.cells)  # none are committed
     monkeypatch.setenv('CMD_JAX_WORKDIR', str(tmp_path / 'run'))
     monkeypatch.setenv('CMD_JAX_CONFIG', 'configs/quickstart.py:all,tiny')
-    monkeypatch.setenv('CMD_JAX_NUM_VIDEOS', '10')
+    monkeypatch.setenv('CMD_JAX_NUM_VIDEOS', '4')
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={'metadata': {'path': str(ROOT / 'notebooks')}}
     )
     client.execute()
     shown = [pictures(cell) for cell in notebook.cells if cell.cell_type == 'code']
-    # New videos, the four rows, the motions, the way from one to another, the report.
+    # New videos, the four rows, the motions, the way from one to another; numbers; the report.
     assert [len(found) > 0 for found in shown] == [False] * 3 + [True] * 4 + [False, True]
     assert all(image.std() > 5 for found in shown for image in found)
-    assert (tmp_path / 'run/evaluation/moving_digits.json').exists()
+    numbers = json.loads((tmp_path / 'run/evaluation/ablation.json').read_text())
+    assert numbers['num_generated'] == 4 and numbers['generation_frechet'] > 0

@@ -158,12 +158,13 @@ class VideoFiles:
 
     def _name(self, video):
         """The file, and which part of it."""
-        start, end = self._times(video)
+        start, end = self.times(video)
         if np.isnan(start) and np.isnan(end):
             return self.file(video)
         return f'{self.file(video)} [{np.nan_to_num(start):g} s, {end:g} s)'
 
-    def _times(self, video):
+    def times(self, video: int) -> tuple[float, float]:
+        """(start, end) in seconds of the part that is used; NaN: none."""
         return tuple(
             self._numbers[name][video] if name in self._numbers else np.nan
             for name in ('start', 'end')
@@ -202,7 +203,7 @@ class VideoFiles:
 
     def _part(self, video, info):
         """Of a video what the listing has of it."""
-        start, end = self._times(video)
+        start, end = self.times(video)
         if np.isnan(start) and np.isnan(end):
             return info
         return info.segment(np.nan_to_num(start), np.inf if np.isnan(end) else end)

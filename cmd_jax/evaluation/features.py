@@ -98,7 +98,12 @@ def i3d_logits(
 
 
 def fvd(
-    real: UInt8[np.ndarray, 'n t h w 3'], fake: UInt8[np.ndarray, 'm t h w 3'], **options
+    real: UInt8[np.ndarray, 'n t h w 3'],
+    fake: UInt8[np.ndarray, 'm t h w 3'],
+    *,
+    path: str | pathlib.Path | None = None,
+    batch_size: int = 4,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> float:
     """Frechet video distance (Unterthiner et al. 2018, arXiv 1812.01717): of the Gaussians of I3D's
     logits.
@@ -108,7 +113,7 @@ def fvd(
 
     Args:
       real, fake: videos of one length and size, at least two each.
-      options: of `i3d_logits`.
+      path, batch_size, mesh: see `i3d_logits`.
 
     Raises:
       ValueError: not uint8 videos, or of different length or size.
@@ -116,6 +121,7 @@ def fvd(
     check_videos(real=real, fake=fake)
     if real.shape[1:] != fake.shape[1:]:
         raise ValueError(f'real and fake differ in length or size: {real.shape}, {fake.shape}')
+    options = dict(path=path, batch_size=batch_size, mesh=mesh)
     return frechet_distance(i3d_logits(real, **options), i3d_logits(fake, **options))
 
 

@@ -12,9 +12,15 @@ from absl import logging
 
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation import distances, features, intervals, real_clips
-from cmd_jax.evaluation.networks import clip as clips
-from cmd_jax.evaluation.networks import i3d, lpips, pretrained
-from cmd_jax.evaluation.protocols import Protocol, fake_conditions, fingerprint
+from cmd_jax.evaluation.networks import clip, i3d, lpips, pretrained
+from cmd_jax.evaluation.protocols import (
+    LEAST,
+    Protocol,
+    check_captions,
+    check_text,
+    fake_conditions,
+    fingerprint,
+)
 from cmd_jax.parallel import batches
 from cmd_jax.training import trained
 
@@ -24,7 +30,7 @@ AT_ONCE = 256  # generated videos whose conditions are in memory
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a user may change of a protocol; all but `seed` and `batch_size` makes it another one.
+    """What a user may choose. Other numbers of videos, networks or sizes make another protocol.
 
     Attributes:
       data: KIND:WHERE of the real clips; None: the run's own.
@@ -47,7 +53,7 @@ class Settings:
     size: int = i3d.SIZE
     batch_size: int = 16
     i3d: str | None = None
-    clip: str = clips.REPOSITORY
+    clip: str = clip.REPOSITORY
     sweep: Sequence[float] = ()
 
     @property
@@ -68,9 +74,9 @@ class Videos:
         self._found, self.values = [], collections.defaultdict(list)
         self.shown = []
 
-    def show(self, videos):
-        """Keeps the first for the page."""
-        room = SHOWN - sum(map(len, self.shown))
+    def show(self, videos, count: int):
+        """Keeps the first for the page, `count` of these at most."""
+        room = min(count, SHOWN - sum(map(len, self.shown)))
         if room > 0:
             self.shown.append(np.asarray(videos[:room]))
 
@@ -80,7 +86,7 @@ class Videos:
 
     def add(self, videos: np.ndarray, real: np.ndarray | None = None):
         """Videos on the host, and the real clips that they stand for, to compare in pairs."""
-        self.show(videos)
+        self.show(videos, len(videos))
         if self._distance:
             settings = self._settings
             options = dict(size=settings.size, path=settings.i3d, mesh=self._mesh)
@@ -89,7 +95,7 @@ class Videos:
             for name, measure in _of_pairs(real.shape, self._mesh).items():
                 self.values[name].extend(measure(real, videos, mean=False))
 
-    def stream(self, videos: Iterator, prompts: list[str] | None, clip: clips.CLIP | None):
+    def stream(self, videos: Iterator, prompts: list[str] | None, scorer: clip.CLIP | None):
         """Batches on the devices, as `Generator.stream` gives them: what I3D says of one is
         computed behind the next one's sampling, and nothing waits for the host."""
 
@@ -103,12 +109,12 @@ class Videos:
 
         done = 0
         for batch, found, count in batches.ahead(looked_at()):
-            self.show(batch[: min(count, SHOWN)])
+            self.show(batch, count)
             if found is not None:
                 self._found.append(np.asarray(found)[:count])
-            if clip is not None:
+            if scorer is not None:
                 texts = prompts[done : done + count]
-                similar = features.clipsim(np.asarray(batch)[:count], texts, clip, mean=False)
+                similar = features.clipsim(np.asarray(batch)[:count], texts, scorer, mean=False)
                 self.values['clipsim'].extend(similar)
             done += count
 
@@ -138,7 +144,8 @@ def measure(
       cache: folder for the features of real clips.
 
     Returns:
-      numbers: flat; estimates under PART_MEASURE with their intervals under PART_MEASURE_low and
+      numbers: flat; estimates under PART_MEASURE (those of a sweep under
+        generation_guidance_SCALE_MEASURE), their intervals under the same names with _low and
         _high, and everything that they depend on.
       pictures: {kind of videos: the first ones}, `content` and `sweep` where there are any.
 
@@ -154,32 +161,48 @@ def measure(
             ' take generation or reconstruction, or --num_videos for a number that is not '
             'comparable with others'
         )
-    clip = clips.load(settings.clip, generator.mesh) if protocol.similarity else None
+    if settings.num_videos is not None and settings.num_videos < intervals.FEWEST:
+        raise UserError(f'--num_videos={settings.num_videos}: {intervals.FEWEST} videos or more')
+    check_text(protocol, generator.text)
+    scorer = clip.load(settings.clip, generator.mesh) if protocol.similarity else None
     wanted = settings.num_videos or protocol.num_real
-    real = real_clips.RealClips(config, protocol, settings.data, wanted, settings.seed)
+    real = real_clips.RealClips(
+        config, protocol, settings.data, wanted, settings.seed, generator.text
+    )
+    for scale in settings.sweep:
+        generator.options(guidance=scale)
     conditioned = generator.class_names and protocol.parts != ('reconstruction',)
     if conditioned and real.class_names != generator.class_names:
         raise UserError(
             f'--data={settings.data}: its classes are not those of this run '
             f'({", ".join(generator.class_names[:3])}, ...): give videos of the same classes'
         )
+    numbers = _about(generator, real, protocol, settings)
     # Nothing else is called FVD.
-    official = settings.num_videos is None and settings.size == i3d.SIZE
-    numbers = {'protocol': name, 'comparable': official}
-    numbers |= _about(generator, real, protocol, settings)
+    official = (
+        settings.num_videos is None
+        and real.count >= min(protocol.num_real or LEAST, LEAST)
+        and numbers.get('i3d_sha256', i3d.SHA256) == i3d.SHA256
+        and settings.size == i3d.SIZE
+        and (scorer is None or scorer.is_vit_b32)
+    )
+    numbers = {'protocol': name, 'comparable': official} | numbers
     found, labels, captions = _look_at_real(generator, protocol, settings, real, cache)
+    check_captions(protocol, generator.text, captions)
     numbers['num_real'] = len(captions)
-    pictures = {}
+    pictures = {'sweep': []}
     if 'generation' in protocol.parts:
         count = settings.num_videos or protocol.num_fake or len(captions)
         asked = fake_conditions(protocol, count, labels, captions, generator.text)
-        generate = functools.partial(_generate, generator, protocol, settings, asked, clip)
+        generate = functools.partial(_generate, generator, protocol, settings, asked, scorer)
         before = time.perf_counter()
         found['generation'] = generate(settings.guidance)
         numbers |= {'num_generated': count, 'seconds_generation': time.perf_counter() - before}
-        numbers |= {'clip_sha256': clip.sha256} if clip else {}
-        estimate = functools.partial(_estimates, found['real'], protocol, official, settings)
-        pictures['sweep'] = [(scale, estimate(generate(scale))) for scale in settings.sweep]
+        numbers |= {'clip_sha256': scorer.sha256} if scorer else {}
+        for scale in settings.sweep:
+            estimates = _estimates(found['real'], protocol, official, settings, generate(scale))
+            pictures['sweep'].append((scale, estimates))
+            numbers |= flat(f'generation_guidance_{scale:g}', estimates)
     for part in protocol.parts:
         numbers |= flat(part, _estimates(found['real'], protocol, official, settings, found[part]))
     numbers['seconds_evaluation'] = time.perf_counter() - started
@@ -251,7 +274,7 @@ def _predict_motion(generator, settings, chunk, first) -> np.ndarray:
     )
 
 
-def _generate(generator, protocol, settings, asked, clip, guidance) -> Videos:
+def _generate(generator, protocol, settings, asked, scorer, guidance) -> Videos:
     """Videos of these conditions."""
     videos = Videos(settings, protocol.distance, generator.mesh)
     kind, values = next(iter(asked.items()))
@@ -267,7 +290,7 @@ def _generate(generator, protocol, settings, asked, clip, guidance) -> Videos:
             batch_size=settings.batch_size,
             **settings.sampling,
         )
-        videos.stream(stream, some if generator.text else None, clip)
+        videos.stream(stream, some if generator.text else None, scorer)
         logging.info('%d of %d generated videos', first + len(some), len(values))
     return videos
 

@@ -121,9 +121,12 @@ def _sweep(numbers, sweep: Sequence[tuple[float, Mapping[str, Estimate]]]):
     figures = []
     for measure in sweep[0][1]:
         points = [(scale, found[measure]) for scale, found in sweep]
-        key = f'generation_{measure}'
-        ends = (numbers[f'{key}{end}'] for end in ('', '_low', '_high'))
-        points.append((numbers['guidance_content'], Estimate(*ends)))
+        # The run's own scales may differ from stage to stage: that is no point of this line.
+        own = numbers['guidance_content']
+        if own == numbers['guidance_motion'] and own not in (scale for scale, _ in sweep):
+            key = f'generation_{measure}'
+            ends = (numbers[f'{key}{end}'] for end in ('', '_low', '_high'))
+            points.append((own, Estimate(*ends)))
         caption = f'{measure} against the guidance scale'
         points.sort(key=lambda point: point[0])
         uri = plots.line(points, 'guidance', measure)

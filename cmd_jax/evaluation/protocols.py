@@ -22,6 +22,10 @@ STAGES = {
 }
 
 
+# Videos below which a distance of sets goes by another name than FVD.
+LEAST = 2048
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
     """What is measured.
@@ -31,7 +35,8 @@ class Protocol:
       parts: of STAGES, each compared with the real clips.
       split: of the real clips; of 'train' one clip at a random place of a video, of 'test' the one
         in its middle.
-      num_real: clips, each of another video; None: one of every video.
+      source: kind of the real clips' source, see `data.sources`; '': any.
+      num_real: clips, each of another video; None: one of every video, LEAST at least.
       num_fake: generated videos; None: one for each real clip.
       frames: that clips must have; None: whatever the run has.
       distance: whether sets of videos are compared, by FVD and the kernel distance.
@@ -45,6 +50,7 @@ class Protocol:
     about: str
     parts: tuple[str, ...] = ('generation',)
     split: str = 'train'
+    source: str = ''
     num_real: int | None = 2048
     num_fake: int | None = 2048
     frames: int | None = 16
@@ -88,6 +94,7 @@ PROTOCOLS = {
     'zero_shot_ucf101': Protocol(
         about='FVD of 100 videos for each class of UCF-101, generated from one prompt a class, and '
         'one random clip of every training video of UCF-101, which the run has never seen.',
+        source='ucf101',
         num_real=None,
         num_fake=10_100,
         prompts='ucf101',
@@ -149,6 +156,27 @@ def ucf101_prompts() -> dict[str, str]:
     return dict(line.split('\t') for line in lines if line)
 
 
+def check_text(protocol: Protocol, text: bool):
+    """Raises UserError where prompts are needed. `text`: whether the run is conditioned on them."""
+    if (protocol.similarity or protocol.prompts == 'ucf101') and not text:
+        raise UserError('this protocol needs a run that is conditioned on text')
+
+
+def check_captions(protocol: Protocol, text: bool, captions: list[str] | None):
+    """Raises UserError where captions are needed, and real clips have none.
+
+    Args:
+      text: whether the run is conditioned on prompts.
+      captions: of the clips, or all that they can have; None: unknown.
+    """
+    needed = text and protocol.parts != ('reconstruction',) and protocol.prompts == 'real'
+    if needed and captions is not None and not any(captions):
+        raise UserError(
+            'the real clips have no captions for a run that is conditioned on text: give --data '
+            'with captions (docs/data.md)'
+        )
+
+
 def fake_conditions(
     protocol: Protocol, count: int, labels: list[int], captions: list[str], text: bool
 ) -> dict[str, list]:
@@ -157,25 +185,11 @@ def fake_conditions(
     Args:
       labels, captions: of the real clips, in their order.
       text: whether the run is conditioned on prompts.
-
-    Raises:
-      UserError: prompts for a run without, or clips without captions.
     """
+    name, values = ('prompt', captions) if text else ('labels', labels)
     if protocol.prompts == 'ucf101':
-        if not text:
-            raise UserError('protocol=zero_shot_ucf101 needs a run that is conditioned on text')
-        prompts = list(ucf101_prompts().values())
-        return {'prompt': [prompts[i % len(prompts)] for i in range(count)]}
-    if text:
-        if not any(captions):
-            raise UserError(
-                'the real clips have no captions for a run that is conditioned on text: give '
-                '--data with captions (docs/data.md)'
-            )
-        return {'prompt': [captions[i % len(captions)] for i in range(count)]}
-    if protocol.similarity:
-        raise UserError('CLIPSIM needs a run that is conditioned on text')
-    return {'labels': [labels[i % len(labels)] for i in range(count)]}
+        values = list(ucf101_prompts().values())
+    return {name: [values[i % len(values)] for i in range(count)]}
 
 
 def fingerprint(settings: dict) -> str:

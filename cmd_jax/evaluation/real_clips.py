@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,15 @@ from absl import logging
 from jaxtyping import Float, UInt8
 
 from cmd_jax import atomic
-from cmd_jax.data import pipeline, sources, videos
+from cmd_jax.data import pipeline, records, sources, videos
 from cmd_jax.data.clips import BadVideo, Skipped, probe
 from cmd_jax.errors import UserError
-from cmd_jax.evaluation.protocols import Protocol
+from cmd_jax.evaluation.intervals import FEWEST
+from cmd_jax.evaluation.protocols import Protocol, check_captions
 from cmd_jax.training import config as configs
 from cmd_jax.training import parts
 
+VERSION = 1  # of how clips are decoded and resized: another one has other features
 AT_ONCE = 64  # clips in memory
 LOOKED_AT = 16  # files whose size is compared with the clips'
 
@@ -31,11 +34,18 @@ class RealClips:
       count: how many.
       settings: what decides them, as plain values.
       class_names: of the source; empty where there are no classes.
+      captions: that they can have; None: unknown.
       warnings: what may make their numbers another protocol's.
     """
 
     def __init__(
-        self, config: configs.Config, protocol: Protocol, data: str | None, count: int | None, seed
+        self,
+        config: configs.Config,
+        protocol: Protocol,
+        data: str | None,
+        count: int | None,
+        seed: int,
+        text: bool,
     ):
         """Nothing is decoded yet.
 
@@ -43,9 +53,12 @@ class RealClips:
           config: of the run's autoencoder: size, length and rate of clips are those of training.
           data: KIND:WHERE instead of the run's own source.
           count: clips; None: one of every video.
+          seed: of random clips.
+          text: whether the run is conditioned on prompts.
 
         Raises:
-          UserError: a source that there is not, of latents, or of too few videos.
+          UserError: a source that there is not, of latents, without the captions that are needed,
+            or of too few videos.
         """
         chosen = dataclasses.replace(
             config.data,
@@ -54,11 +67,19 @@ class RealClips:
             crop='center',
             flip=False,
         )
-        if sources.parse(chosen.source)[0] == 'latents':
+        kind = sources.parse(chosen.source)[0]
+        if protocol.source not in ('', kind):
+            raise UserError(
+                f'the real clips of this protocol are those of {protocol.source}, not of '
+                f'{chosen.source}: give --data={protocol.source}:DIR'
+            )
+        if kind == 'latents':
             raise UserError(f'--data={chosen.source}: a latent cache has no videos, give them')
         config = dataclasses.replace(config, data=chosen)
         self._source, self._seed = parts.make_source(config, protocol.split, seed=0), seed
         self.class_names = list(self._source.class_names)
+        self.captions = self._source.captions
+        check_captions(protocol, text, self.captions)
         there = len(self._source)
         if count is not None and there < count:
             raise UserError(
@@ -78,7 +99,7 @@ class RealClips:
             **{name: getattr(chosen, name) for name in ('frames', 'height', 'width', 'short')},
             **{name: getattr(chosen, name) for name in ('stride', 'fps', 'fold', 'test_fraction')},
             'resized': 'bicubic with antialiasing (Pillow), the middle cut out',
-            'files': _names(self._source),
+            'sha256': _listing(self._source, chosen.source),
         }
         self.warnings = self._resized_before(chosen)
 
@@ -96,7 +117,7 @@ class RealClips:
                 yield clip
         finally:
             found.close()
-        if given < max(2, self._fewest):
+        if given < max(FEWEST, self._fewest):
             raise UserError(f'{self._source.name}: only {given} of {self.count} clips can be had')
 
     def chunks(self) -> Iterator[dict[str, np.ndarray]]:
@@ -129,13 +150,20 @@ class RealClips:
         return [warning]
 
 
-def _names(source) -> str | None:
-    """A hash of the names of a source's files, where it has any."""
-    if not isinstance(source, videos.VideoFiles):
-        return None
-    digest = hashlib.sha256()
-    for video in range(source.videos):
-        digest.update(source.file(video).encode() + b'\0')
+def _listing(source, spec: str) -> str:
+    """A hash of what a source is made of: its classes; its files with their labels, captions,
+    times, sizes and times of change; the header of prepared records."""
+    digest = hashlib.sha256(repr((VERSION, source.name, source.class_names)).encode())
+    if isinstance(source, videos.VideoFiles):
+        for video in range(source.videos):
+            about = source.file(video), source.label(video), source.caption(video)
+            digest.update(repr((*about, source.times(video))).encode())
+            with contextlib.suppress(OSError):  # not of this file system
+                stat = os.stat(source.path(video))
+                digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode())
+    header = Path(spec.partition(':')[2]) / records.HEADER
+    if header.is_file():
+        digest.update(header.read_bytes())
     return digest.hexdigest()
 
 

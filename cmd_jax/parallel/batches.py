@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 
+from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import batch_sharding, batch_ways
 
 
@@ -21,8 +22,13 @@ def run(
       program: of arrays with a leading axis of examples, split over the devices.
       batch_size: examples at a time; the next multiple of the devices is taken.
       arrays: equally many examples each.
+
+    Raises:
+      UserError: no examples.
     """
     n, ways = len(arrays[0]), batch_ways(mesh)
+    if not n:
+        raise UserError('no videos were given: give one at least')
     size = -(-min(batch_size, n) // ways) * ways
     sharding = batch_sharding(mesh)
 

@@ -177,14 +177,17 @@ def _detect(timeout: int) -> Cluster:
     # JAX gives each process the one GPU of its number. One process for a whole host takes all, and
     # a launcher that shows each process its own GPUs has chosen already.
     shown = os.environ.get('CUDA_VISIBLE_DEVICES')
-    chosen = (shown is not None and ',' not in shown) or any(
-        name in os.environ for name in ('JAX_LOCAL_DEVICE_IDS', 'SLURM_GPUS_PER_TASK')
-    )
+    seen = shown.count(',') + 1 if shown else None
+    chosen = 'JAX_LOCAL_DEVICE_IDS' in os.environ or (shown is not None and seen in (None, 1))
+    if 'SLURM_GPUS_PER_TASK' in os.environ:
+        # srun --gpu-bind=none shows each the others' as well. The number may follow a kind: a100:2.
+        per_task = os.environ['SLURM_GPUS_PER_TASK'].rpartition(':')[2]
+        chosen |= seen is None or not per_task.isdecimal() or seen <= int(per_task)
     if on_host == 1 or chosen:
         devices = None
     if devices is not None and on_host:
         # Fewer processes than GPUs share them.
-        gpus = shown.count(',') + 1 if shown else _number('SLURM_GPUS_ON_NODE')
+        gpus = seen or _number('SLURM_GPUS_ON_NODE')
         each = max(1, gpus // on_host)
         devices = [each * i + k for i in devices for k in range(each)]
     return Cluster(address, count, index, None if devices is None else list(devices))

@@ -58,7 +58,7 @@ def make_mesh(
       fsdp: -1: what the other two leave.
       tensor: -1: as few as let the batch split over the rest; needs `batch`.
       devices: of one slice or several (TPU slices, or nodes of GPUs).
-      batch: examples that go through the networks at a time, over all devices.
+      batch: examples of a batch, over all devices.
 
     Raises:
       UserError: where the sizes do not multiply to the number of devices, or not to the slices.

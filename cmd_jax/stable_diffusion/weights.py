@@ -100,7 +100,10 @@ def find_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
             f'{folder} holds {pickles[0]} and no safetensors file: a pickle can run any program '
             'when it is opened, so it is not read; convert it to safetensors'
         )
-    raise UserError(f'{folder} holds no {stems[0]}.safetensors: download the folder again')
+    raise UserError(
+        f'{folder} holds no {stems[0]}.safetensors: download the folder again; where a repository '
+        'has none, read the model with its own library, and save_pretrained it to a folder'
+    )
 
 
 def name_of(path: tuple) -> str:

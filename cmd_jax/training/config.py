@@ -87,7 +87,7 @@ class Train:
     keep_checkpoints: int  # the last ones
     keep_every: int  # besides, those whose step is a multiple of it; 0: none
     preview_every: int  # besides the last step; 0: only there
-    test_clips: int  # of the test split, compared with each preview's by I3D; 0: not compared
+    test_clips: int  # of the test split that each preview's are compared with, by I3D; 0: none
     max_nonfinite: int  # stop after so many updates in a row with a non-finite loss or gradient
 
 

@@ -14,7 +14,7 @@ from cmd_jax import atomic
 from cmd_jax.data import pipeline
 from cmd_jax.errors import UserError, writable
 from cmd_jax.parallel.distributed import barrier, is_main
-from cmd_jax.parallel.mesh import make_mesh
+from cmd_jax.parallel.mesh import batch_ways, make_mesh
 from cmd_jax.parallel.placement import batch_share, put_batch
 from cmd_jax.parallel.preemption import Deferred
 from cmd_jax.training import config as configs
@@ -59,10 +59,16 @@ def train(
     data = stages.load_data(config)
     for name in names:
         stages.check(name, config, len(data.class_names), meshes[name])
+    # Or say now that there are too few.
+    counts = {name: getattr(config, name).train.test_clips for name in names}
+    clips = previews.clips(data.test, counts)
     with Deferred() as deferred:
         for name in names:
             with jax.set_mesh(meshes[name]):
-                train_stage(name, config, workdir, meshes[name], data, deferred, profile, dump_hlo)
+                train_stage(
+                    *(name, config, workdir, meshes[name], data, clips),
+                    *(deferred, profile, dump_hlo),
+                )
             barrier(f'{name} saved')
 
 
@@ -72,11 +78,15 @@ def train_stage(
     workdir: Path,
     mesh,
     data: stages.Data,
+    clips: dict,
     deferred: Deferred,
     profile: bool,
     dump_hlo: bool,
 ):
-    """Trains one stage to its last step; resumes from its newest checkpoint, bit for bit."""
+    """Trains one stage to its last step; resumes from its newest checkpoint, bit for bit.
+
+    `clips`: those of the test split that previews are made of.
+    """
     started = time.time()
     folder, main = workdir / name, is_main()
     with contextlib.ExitStack() as stack:
@@ -121,13 +131,14 @@ def train_stage(
 
             def preview(step, state):
                 model, count = nnx.merge(made.graphdef, state.ema), settings.test_clips
-                clips = {k: x[: max(count, previews.PREVIEWS)] for k, x in data.clips.items()}
-                clips = given.inputs(clips)
-                out, together = previews.make(stage.preview, model, networks, clips, mesh)
+                some = {k: x[: max(count, previews.PREVIEWS)] for k, x in clips.items()}
+                some = given.inputs(some)
+                out, together = previews.make(stage.preview, model, networks, some, mesh)
                 if main:
                     where = folder / 'previews'
                     if count:
-                        previews.measure(where, step, out, together)
+                        ends = (out[i::together][:count] for i in (0, together - 1))
+                        previews.measure(where, step, *ends)
                     # Last: what is looked for is the picture.
                     previews.write(where, step, out[: together * previews.PREVIEWS], together)
 
@@ -238,10 +249,14 @@ def compile_step(made: program.Program, state, networks: dict, batch: dict, key,
     except jax.errors.JaxRuntimeError as e:
         if 'RESOURCE_EXHAUSTED' not in str(e):
             raise
+        train = made.stage.train
+        there = train.batch_size // batch_ways(mesh) // made.stage.accumulation
+        remedy = 'take more devices, or a smaller model'
+        if there > 1:
+            remedy = f'set {name}.train.device_batch={there // 2}, or take more devices'
         raise UserError(
-            f'{name}: the step does not fit into the memory of the devices '
-            f'({str(e).splitlines()[0][:200]}): choose a smaller '
-            f'{name}.train.device_batch, or take more devices'
+            f'{name}: the step does not fit into the memory of the devices, with {there} examples '
+            f'at a time on each ({str(e).splitlines()[0][:200]}): {remedy}'
         ) from e
     table = parameter_overview.get_parameter_overview(state.params, include_stats='sharding')
     logging.info('%s on %s\n%s', name, dict(mesh.shape), table)

@@ -120,6 +120,55 @@ def make_process(section: configs.DiffusionProcess) -> Process:
     return Process(**vars(section))
 
 
+def sampling_options(
+    config: dict[str, configs.Config],
+    conditioned: bool,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    motion_steps: int | None = None,
+    motion_guidance: float | None = None,
+    sampler: str | None = None,
+) -> dict[str, dict]:
+    """{'content': …, 'motion': …}: how the stages of a run are sampled, defaults filled in.
+
+    Args:
+      config: {stage: the Config that it was trained with}.
+      conditioned: whether it is on classes or prompts.
+      steps, guidance, motion_steps, motion_guidance, sampler: see `Generator.__call__`.
+
+    Raises:
+      UserError: guidance where there is nothing to guide to.
+    """
+    if not conditioned and {guidance, motion_guidance} - {None, 1.0}:
+        raise UserError(
+            f'guidance={guidance or motion_guidance}: this run has no classes, leave it out'
+        )
+    asked = {
+        'content': (steps, guidance),
+        'motion': (
+            steps if motion_steps is None else motion_steps,
+            guidance if motion_guidance is None else motion_guidance,
+        ),
+    }
+    options = {}
+    for stage in set(asked) & set(config):
+        steps, guidance = asked[stage]
+        default = getattr(config[stage], stage).sampling
+        if guidance is None:
+            guidance = default.guidance if conditioned else 1.0
+        options[stage] = {
+            'sampler': sampler or default.sampler,
+            'steps': default.steps if steps is None else steps,
+            'guidance': float(guidance),
+        }
+    if 'content' in options:
+        options['content'] |= content_sampling(config['content'])
+    if 'motion' in options:
+        options['motion']['content_noise'] = config['motion'].motion.content_noise
+    return options
+
+
 def content_sampling(config: configs.Config) -> dict:
     """Options of `sampling.draw_content` that follow from what content frames are."""
     if config.condition == 'text':

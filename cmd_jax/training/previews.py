@@ -5,8 +5,8 @@ A stage's preview is a function (network, frozen, batch of real clips, keys) -> 
 videos [n t h w 3], n of each, which are looked at side by side (images are videos of one frame).
 """
 
-import functools
 import json
+from concurrent import futures
 from pathlib import Path
 
 import jax
@@ -21,12 +21,13 @@ from cmd_jax.errors import UserError
 from cmd_jax.evaluation import distances, features
 from cmd_jax.evaluation.networks import i3d
 from cmd_jax.parallel.distributed import any_process, is_main
-from cmd_jax.parallel.mesh import batch_sharding, batch_ways, make_mesh
+from cmd_jax.parallel.mesh import batch_sharding, batch_ways, make_mesh, replicated
 from cmd_jax.parallel.placement import fetch, put
 from cmd_jax.training import config as configs
 from cmd_jax.training import losses
 
 PREVIEWS = 8
+READERS = 8  # threads
 
 
 def due(step: int, settings: configs.Train) -> bool:
@@ -42,25 +43,23 @@ def missing(folder: Path, step: int) -> bool:
 
 def make(preview, model, frozen: dict, batch: dict, mesh) -> tuple[np.ndarray, int]:
     """The videos of a stage's preview, those that belong together behind each other, and how many
-    these are. The clips are split over the mesh, PREVIEWS at a time."""
-    count = len(jax.tree.leaves(batch)[0])
-    pieces = []
-    for first in range(0, count, PREVIEWS):
-        some = {name: x[first : first + PREVIEWS] for name, x in batch.items()}
-        pieces.append(_some(preview, model, frozen, some, mesh, first))
-    found = [np.concatenate(videos) for videos in zip(*pieces)]
-    return np.stack(found, axis=1).reshape(-1, *found[0].shape[1:]), len(found)
-
-
-def _some(preview, model, frozen, batch, mesh, first: int) -> list[np.ndarray]:
-    count = len(jax.tree.leaves(batch)[0])
-    rows = np.arange(count + -count % batch_ways(mesh)) % count
+    these are. The clips are split over the mesh, PREVIEWS at a time or as many as it has parts."""
+    count, ways = len(jax.tree.leaves(batch)[0]), batch_ways(mesh)
+    size = -(-min(count, PREVIEWS) // ways) * ways
     sharding = batch_sharding(mesh)
     keys = jax.jit(
-        functools.partial(sampling.video_keys, 0, first, len(rows)), out_shardings=sharding
-    )()
-    batch = put({name: x[rows] for name, x in batch.items()}, sharding)
-    return [fetch(x)[:count] for x in preview(model, frozen, batch, keys)]
+        lambda first: sampling.video_keys(0, first, size),
+        in_shardings=replicated(mesh),
+        out_shardings=sharding,
+    )
+    pieces = []
+    for first in range(0, count, size):
+        rows = np.arange(first, first + size) % count
+        some = put({name: x[rows] for name, x in batch.items()}, sharding)
+        made = preview(model, frozen, some, keys(first))
+        pieces.append([fetch(x)[: count - first] for x in made])
+    found = [np.concatenate(videos) for videos in zip(*pieces)]
+    return np.stack(found, axis=1).reshape(-1, *found[0].shape[1:]), len(found)
 
 
 def write(folder: Path, step: int, out: np.ndarray, together: int):
@@ -75,17 +74,17 @@ def write(folder: Path, step: int, out: np.ndarray, together: int):
     videos.write_image(folder / f'{step:07d}.png', videos.filmstrip(out), scale=scale)
 
 
-def measure(folder: Path, step: int, out: np.ndarray, together: int):
-    """FOLDER/STEP.json: Frechet and kernel distance of I3D's features between the real clips of a
-    preview and what was made of them. Of a sample far smaller than an FVD's, to follow a run by.
+def measure(folder: Path, step: int, real: np.ndarray, made: np.ndarray):
+    """FOLDER/STEP.json: Frechet and kernel distance of I3D's features between clips and what was
+    made of them. Of a sample far smaller than an FVD's, to follow a run by.
     """
     mesh = make_mesh(devices=jax.local_devices())
-    ends = out[::together], out[together - 1 :: together]
-    real, made = (features.i3d_logits(videos, mesh=mesh) for videos in ends)
+    frames = real.shape[1]
+    real, made = (features.i3d_logits(videos, mesh=mesh) for videos in (real, made))
     found = {
         'step': step,
         'clips': len(real),
-        'frames': out.shape[1],
+        'frames': frames,
         'i3d_size': i3d.SIZE,
         'frechet': distances.frechet_distance(real, made),
         'kernel': distances.kernel_distance(real, made),
@@ -97,12 +96,37 @@ def measure(folder: Path, step: int, out: np.ndarray, together: int):
     )
 
 
-def clips(source, count: int) -> dict[str, np.ndarray]:
-    """The first clips of a source as a batch, PREVIEWS at least: always the same."""
-    found = [source[i] for i in range(min(max(count, PREVIEWS), len(source)))]
+def clips(source, counts: dict[str, int]) -> dict[str, np.ndarray]:
+    """The first clips of a source as a batch, always the same.
+
+    Args:
+      counts: {stage: its train.test_clips}; as many as the most of them are given, and PREVIEWS
+        where there are as many.
+
+    Raises:
+      UserError: there is none, or fewer than a stage needs; or what a stage asks for has no
+        meaning, or needs weights that are not installed.
+    """
+    for stage, count in counts.items():
+        if count and (stage == 'content' or count < 2):
+            raise UserError(
+                f'{stage}.train.test_clips={count}: two clips or more of the autoencoder or motion '
+                'stage, or 0; content frames are no videos'
+            )
+    if any(counts.values()):
+        i3d.weights()  # or say now that they are not installed
+    stage, count = max(counts.items(), key=lambda item: item[1])
+    wanted = min(max(count, PREVIEWS), len(source))
+    with futures.ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(source.__getitem__, range(wanted)))
     good = [clip for clip in found if not isinstance(clip, Skipped)]
     if not good:
         raise UserError(f'{source.name}: no clip of the test split can be had: {found[0]}')
+    if len(good) < count:
+        raise UserError(
+            f'{stage}.train.test_clips={count}: {source.name} has {len(good)} clips in its test '
+            'split that can be had, take as many at most'
+        )
     return {name: np.stack([clip[name] for clip in good]) for name in good[0]}
 
 

@@ -12,7 +12,6 @@ from cmd_jax import interop, stable_diffusion
 from cmd_jax.data import sources
 from cmd_jax.diffusion import timesteps
 from cmd_jax.errors import UserError
-from cmd_jax.evaluation.networks import i3d
 from cmd_jax.interop.files import NAMES, read_state_dict
 from cmd_jax.parallel.mesh import accumulation, check_batch, param_sharding, path_name
 from cmd_jax.parallel.placement import put
@@ -55,13 +54,13 @@ class Data:
       source: clips of the training split.
       class_names: empty where there are no classes, or captions are the condition.
       captions: all that either split can have, or None where they are not known or not asked for.
-      clips: a batch of the test split, for previews and what is measured with them.
+      test: clips of the test split.
     """
 
     source: typing.Any
     class_names: list[str]
     captions: list[str] | None
-    clips: dict
+    test: typing.Any
 
 
 def load_data(config: configs.Config) -> Data:
@@ -85,9 +84,7 @@ def load_data(config: configs.Config) -> Data:
             raise UserError(
                 f"data.source={config.data.source!r} has no captions, which condition='text' needs"
             )
-    trained = configs.STAGES if config.stage == 'all' else (config.stage,)
-    count = max(getattr(config, name).train.test_clips for name in trained)
-    return Data(train, class_names, captions, previews.clips(test, count))
+    return Data(train, class_names, captions, test)
 
 
 def check(name: str, config: configs.Config, classes: int, mesh):
@@ -95,8 +92,6 @@ def check(name: str, config: configs.Config, classes: int, mesh):
     costs nothing."""
     section = getattr(config, name)
     check_batch(name, section.train.batch_size, mesh)
-    if section.train.test_clips:
-        i3d.weights()  # or say now that they are not installed
     if name == 'autoencoder':
         units, what = [config.data.frames], 'frames'
     elif name == 'content' and config.condition == 'text':

@@ -134,6 +134,13 @@ class CLIP:
         found = batches.collect(batches.run(program, self.mesh, batch_size, frames))
         return found.reshape(*videos.shape[:2], -1)
 
+    @property
+    def is_vit_b32(self) -> bool:
+        """Whether this is of the sizes of the network that CLIPSIM is defined by."""
+        vision = self.images.vision_model
+        patch, _, _, width = vision.embeddings.patch_embedding.kernel.shape
+        return (self.images.size, patch, width, len(vision.encoder.layers)) == (224, 32, 768, 12)
+
     @functools.cached_property
     def sha256(self) -> str:
         """Of the files that the weights are in."""

