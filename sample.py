@@ -9,6 +9,7 @@ Writes to --out: one mp4 a video, grid.mp4, grid.gif, frames.png (a row a video)
 The last one needs no run: it compiles for a TPU that is not here, and tells what sampling takes.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -28,11 +29,18 @@ NUM_VIDEOS = flags.DEFINE_integer(
     'num_videos', None, 'Default: one a label or prompt, or 8', lower_bound=1
 )
 SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same videos')
-SAMPLER = flags.DEFINE_string('sampler', None, 'ddim or ddpm; default: of the config')
-STEPS = flags.DEFINE_integer('steps', None, 'Default: of the config', lower_bound=1)
-GUIDANCE = flags.DEFINE_float('guidance', None, '1: none; default: of the config')
-MOTION_STEPS = flags.DEFINE_integer('motion_steps', None, 'Default: --steps', lower_bound=1)
-MOTION_GUIDANCE = flags.DEFINE_float('motion_guidance', None, 'Default: --guidance')
+# What is left out is of the config.
+SAMPLING = (
+    flags.DEFINE_string('sampler', None, 'ddim, ddpm, dpmpp_2m or unipc'),
+    flags.DEFINE_integer('steps', None, 'Network evaluations', lower_bound=1),
+    flags.DEFINE_string('spacing', None, 'Of the timesteps: leading, trailing or linspace'),
+    flags.DEFINE_float('guidance', None, 'Scale; 1: none'),
+    flags.DEFINE_integer('motion_steps', None, 'Default: --steps', lower_bound=1),
+    flags.DEFINE_float('motion_guidance', None, 'Default: --guidance'),
+    flags.DEFINE_float('guidance_rescale', None, 'How much of its contrast is taken away, 0..1'),
+    flags.DEFINE_float('guidance_start', None, 'Where on the way from noise, 0, to data, 1, ...'),
+    flags.DEFINE_float('guidance_end', None, '... guidance begins and ends'),
+)
 STABLE_DIFFUSION = flags.DEFINE_string(
     'stable_diffusion', None, 'Folder of the pretrained image model, if it has moved'
 )
@@ -63,13 +71,7 @@ def main():
 
     generator = cmd_jax.load(WORKDIR.value, stable_diffusion=STABLE_DIFFUSION.value)
     about = drawn(generator)
-    settings = dict(
-        sampler=SAMPLER.value,
-        steps=STEPS.value,
-        guidance=GUIDANCE.value,
-        motion_steps=MOTION_STEPS.value,
-        motion_guidance=MOTION_GUIDANCE.value,
-    )
+    settings = {flag.name: flag.value for flag in SAMPLING}
     options = generator.options(**settings)
     out = writable('--out', OUT.value or Path(WORKDIR.value) / 'samples')
     common = dict(
@@ -82,9 +84,7 @@ def main():
             n=len(about),
             label=about[0].get('label'),
             prompt=about[0].get('prompt'),
-            sampler=SAMPLER.value,
-            steps=MOTION_STEPS.value or STEPS.value,
-            guidance=GUIDANCE.value if MOTION_GUIDANCE.value is None else MOTION_GUIDANCE.value,
+            **settings,
             **common,
         )
     else:
@@ -92,10 +92,7 @@ def main():
         prompts = [entry['prompt'] for entry in about] if generator.text else None
         videos = generator(labels, prompt=prompts, num_videos=len(about), **settings, **common)
     scale = max(1, 128 // videos.shape[2])
-    used = {
-        stage: {name: asked[name] for name in ('sampler', 'steps', 'guidance')}
-        for stage, asked in options.items()
-    }
+    used = {stage: dataclasses.asdict(asked['sampling']) for stage, asked in options.items()}
     record = {'seed': SEED.value, **used, 'checkpoint_steps': generator.steps, 'videos': []}
     if generator.text:
         record['negative_prompt'] = NEGATIVE_PROMPT.value

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import nnx
 from jaxtyping import Array, Int, UInt8
 
 from cmd_jax import conditions, sampling
@@ -34,6 +35,7 @@ class Generator:
         the place of the U-Net; None for a run on pixels.
       config: {stage: the Config that it was trained with}.
       steps: {stage: updates of the checkpoint}.
+      sha256: {stage: hash of the checkpoint}.
       cost: {stage: {'seconds': of its training, 'memory_gb': most that its processes held}}; a
         stage without record has an empty one.
       class_names: names of the classes; empty for a run without classes.
@@ -52,6 +54,7 @@ class Generator:
         """`loading.load` makes one of a run; motion_text: text encoder of the motion stage."""
         self.config = {name: stage.config for name, stage in stages.items()}
         self.steps = {name: stage.step for name, stage in stages.items()}
+        self.sha256 = {name: stage.sha256 for name, stage in stages.items()}
         self.cost, self.mesh = cost, mesh
         self.autoencoder = stages['autoencoder'].network
         self._at_once = self.config['autoencoder'].stable_diffusion.frames_at_once
@@ -91,12 +94,8 @@ class Generator:
         negative_prompt: str = '',
         num_videos: int | None = None,
         seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        motion_steps: int | None = None,
-        motion_guidance: float | None = None,
-        sampler: str | None = None,
         batch_size: int = 16,
+        **options,
     ) -> UInt8[np.ndarray, 'n t h w 3']:
         """New videos.
 
@@ -106,15 +105,12 @@ class Generator:
           negative_prompt: what guidance leads away from; '': from no text at all.
           num_videos: defaults to the number of labels or prompts, or 1.
           seed: of the videos.
-          steps, guidance: network evaluations and guidance scale (1: none) of both stages; None
-            takes those of the run's config.
-          motion_steps, motion_guidance: the same of the motion stage alone.
-          sampler: 'ddim' or 'ddpm'.
           batch_size: videos at a time; changes memory and speed, not the videos.
+          options: steps, guidance, sampler and others, see `parts.sampling_options`.
 
         Raises:
-          UserError: for a label out of range, labels where the run has no classes, or prompts where
-            it is not conditioned on text.
+          UserError: for a label out of range, labels where the run has no classes, prompts where it
+            is not conditioned on text, or an unknown sampler.
         """
         videos = self.stream(
             labels,
@@ -122,12 +118,8 @@ class Generator:
             negative_prompt=negative_prompt,
             num_videos=num_videos,
             seed=seed,
-            steps=steps,
-            guidance=guidance,
-            motion_steps=motion_steps,
-            motion_guidance=motion_guidance,
-            sampler=sampler,
             batch_size=batch_size,
+            **options,
         )
         return batches.collect(videos)
 
@@ -150,7 +142,7 @@ class Generator:
         self._need('content', 'motion')
         asked = self.conditions(labels, prompt, negative_prompt, num_videos)
         options = self.options(**options)
-        if negative_prompt and 1.0 in {options[stage]['guidance'] for stage in options}:
+        if negative_prompt and 1.0 in {used['sampling'].guidance for used in options.values()}:
             logging.warning('negative_prompt has no effect where guidance is 1')
         arrays = dataclasses.astuple(asked)
         keys = sampling.video_keys(seed, first, len(arrays[0]))
@@ -184,7 +176,7 @@ class Generator:
         self._need_labels(labels)
         asked = self.conditions(labels, prompt, negative_prompt, n)
         options = self.options(**{'sampler': 'ddim'} | options)
-        if options['motion']['sampler'] == 'ddpm':
+        if options['motion']['sampling'].sampler == 'ddpm':
             raise UserError('interpolate: ddpm adds noise at every step, take another sampler')
         there, back = (jnp.repeat(sampling.video_keys(seed, 0, 1), n) for seed in seeds)
         places = jnp.linspace(0, 1, n)
@@ -201,10 +193,8 @@ class Generator:
         prompt: str | None = None,
         negative_prompt: str = '',
         seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
         batch_size: int = 16,
+        **options,
     ) -> UInt8[np.ndarray, 'n t h w 3']:
         """One content frame with `n` motions (paper, appendix F).
 
@@ -215,7 +205,7 @@ class Generator:
             warning.
           label, prompt: what should happen in it; without, motions are drawn without a condition
             and without guidance.
-          negative_prompt, seed, steps, guidance, sampler, batch_size: see `__call__`.
+          negative_prompt, seed, batch_size, options: see `__call__`.
 
         Raises:
           UserError: unless exactly one of content and image is given, as uint8 of that shape.
@@ -235,9 +225,9 @@ class Generator:
         given = '' if free and self.text else prompt
         asked = self.conditions(labels, given, negative_prompt, n)
         condition = self.motion.null_condition(asked.motion) if free else asked.motion
-        if free and guidance is None:
-            guidance = 1.0
-        options = self.options(steps=steps, guidance=guidance, sampler=sampler)['motion']
+        if free and {options.get('guidance'), options.get('motion_guidance')} == {None}:
+            options['guidance'] = 1.0
+        options = self.options(**options)['motion']
         frame = sampling.frames_program(self._vae, jnp.asarray(content)[None, None], at_once=1)[0]
 
         def program(keys, condition, null, frame):
@@ -268,10 +258,8 @@ class Generator:
         prompt: Sequence[str] | None = None,
         seed: int = 0,
         first: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
         batch_size: int = 16,
+        **options,
     ) -> UInt8[np.ndarray, 'n t h w 3']:
         """Real videos whose motion is drawn anew: their own content frames, generated motion.
 
@@ -281,7 +269,7 @@ class Generator:
           video: real clips.
           labels, prompt: one of each, as the run is conditioned.
           first: the number of the first video of the seed.
-          seed, steps, guidance, sampler, batch_size: see `__call__`; of the motion stage.
+          seed, batch_size, options: see `__call__`; of the motion stage.
 
         Raises:
           UserError: no video, or not a condition for each where the run has one.
@@ -293,7 +281,7 @@ class Generator:
         if given is not None and len(given) != len(video):
             raise UserError(f'{len(video)} videos and {len(given)} conditions: give one for each')
         asked = self.conditions(labels, prompt, '', len(video))
-        options = self.options(steps=steps, guidance=guidance, sampler=sampler)['motion']
+        options = self.options(**options)['motion']
 
         def program(video, keys, condition, null):
             frame = self._encode(video)[0]
@@ -319,10 +307,16 @@ class Generator:
         """Writes the content stage as a Stable Diffusion folder that diffusers loads.
 
         Raises:
-          UserError: where the content network is not Stable Diffusion's.
+          UserError: where the content network is not Stable Diffusion's, or was rounded.
         """
         if not self.text:
             raise UserError('only the content stage of a run on text is a Stable Diffusion model')
+        self._need('content')
+        kinds = {str(x.dtype) for x in jax.tree.leaves(nnx.state(self.content, nnx.Param))}
+        if kinds != {'float32'}:
+            raise UserError(
+                'export: the parameters were rounded, load(…, full_precision=True) first'
+            )
         # The frozen parts are copied, file by file: here they may be in a lower precision.
         pipeline = dataclasses.replace(self.stable_diffusion, vae=None, text_encoder=None)
         save(pipeline, folder)
@@ -353,7 +347,7 @@ class Generator:
         return conditions.check_labels(labels, num_videos, self.motion.num_classes)
 
     def options(self, **options) -> dict[str, dict]:
-        """{'content': …, 'motion': …}: how the stages are sampled, see `parts.sampling_options`."""
+        """{'content': …, 'motion': …}: how they are sampled, see `parts.sampling_options`."""
         conditioned = bool(self.class_names) or self.text
         return parts.sampling_options(self.config, conditioned, **options)
 

@@ -8,6 +8,7 @@ import jax
 
 from cmd_jax.errors import UserError
 from cmd_jax.generate import Generator
+from cmd_jax.models.layers import as_computed
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.stable_diffusion import StableDiffusion
 from cmd_jax.training import config as configs
@@ -19,6 +20,7 @@ def load(
     *,
     stages: Sequence[str] = configs.STAGES,
     stable_diffusion: str | Path | None = None,
+    full_precision: bool = False,
 ) -> Generator:
     """The Generator of a run directory.
 
@@ -28,6 +30,8 @@ def load(
         motion stage it can predict motion, and all three generate.
       stable_diffusion: where the pretrained image model is, if not where it was in training: a
         folder or a repository.
+      full_precision: keep parameters as they were trained where layers compute in less (on
+        accelerators): twice the memory for the same videos. `Generator.export` needs it.
 
     Raises:
       UserError: if a stage is missing or not trained to its last step (names the command), or
@@ -41,6 +45,9 @@ def load(
         )
     mesh = make_mesh()
     found = {stage: trained.load(workdir, stage, mesh, stable_diffusion) for stage in stages}
+    if not full_precision:
+        for stage in found.values():
+            as_computed(stage.network)
     there = found['autoencoder'].step
     for stage in set(found) - {'autoencoder'}:
         theirs = found[stage].autoencoder_step

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from cmd_jax import video as videos
-from cmd_jax.diffusion import Process, guide, sample
+from cmd_jax.diffusion import Process, Sampling, guide, sample
 from cmd_jax.models.autoencoder import VideoAutoencoder
 from cmd_jax.models.content import ContentDiT
 from cmd_jax.models.motion import MotionDiT
@@ -115,9 +115,7 @@ def draw_content(
     null: Shaped[Array, 'b *k'],
     shape: tuple[int, int, int],
     *,
-    sampler: str,
-    steps: int,
-    guidance: float,
+    sampling: Sampling,
     clip: float | None,
     offset: int,
     final_alpha_one: bool,
@@ -132,22 +130,30 @@ def draw_content(
       condition: labels [b], or text features [b n k].
       null: what guidance leads away from: no class, or the features of a negative prompt.
       shape: (height, width, channels) of a frame.
-      sampler, steps, clip, offset, final_alpha_one: see `diffusion.sample`.
-      guidance: scale; 1: none.
+      sampling: see `diffusion.Sampling`.
+      clip, offset, final_alpha_one: see `diffusion.sample`.
       towards: see `first_noise`.
     """
-    denoise = guide(model, condition, null, guidance, learn_sigma=process.learn_sigma)
-    return sample(
-        denoise,
-        first_noise(keys, jnp.empty((len(keys), *shape)), CONTENT_NOISE, towards),
-        process,
-        sampler=sampler,
-        steps=steps,
+    noise = first_noise(keys, jnp.empty((len(keys), *shape)), CONTENT_NOISE, towards)
+    return _denoised(
+        *(model, condition, null, noise, process, sampling),
         clip=clip,
         offset=offset,
         final_alpha_one=final_alpha_one,
         key=split_keys(keys, 5)[CONTENT_STEPS],
     )
+
+
+def _denoised(network, condition, null, noise, process, sampling: Sampling, **options):
+    """What `diffusion.sample` makes of noise, under guidance."""
+    denoise = guide(
+        *(network, condition, null, sampling.guidance),
+        learn_sigma=process.learn_sigma,
+        rescale=sampling.guidance_rescale,
+        interval=sampling.interval(process),
+    )
+    kwargs = dict(sampler=sampling.sampler, steps=sampling.steps, spacing=sampling.spacing)
+    return sample(denoise, noise, process, **kwargs, **options)
 
 
 def draw_motion(
@@ -159,9 +165,7 @@ def draw_motion(
     null: Shaped[Array, 'b *k'],
     statistics: dict,
     *,
-    sampler: str,
-    steps: int,
-    guidance: float,
+    sampling: Sampling,
     content_noise: float,
     towards: tuple[Array, Array] | None = None,
 ) -> Float[Array, 'b t s d']:
@@ -171,21 +175,11 @@ def draw_motion(
     """
     augmentation = first_noise(keys, content, AUGMENTATION, towards)
     content = noisy_content(content, augmentation, content_noise)
-    denoise = guide(
-        lambda x, t, given: model(x, t, *given),
-        (content, condition),
-        (content, null),
-        guidance,
-        learn_sigma=process.learn_sigma,
-    )
     shape = (model.rows * model.patch, model.columns * model.patch, model.channels)
     noise = first_noise(keys, jnp.empty((len(keys), *shape)), MOTION_NOISE, towards)
-    z = sample(
-        denoise,
-        noise,
-        process,
-        sampler=sampler,
-        steps=steps,
+    z = _denoised(
+        lambda x, t, given: model(x, t, *given),
+        *((content, condition), (content, null), noise, process, sampling),
         key=split_keys(keys, 5)[MOTION_STEPS],
     )
     return denormalize(z, statistics)
@@ -214,7 +208,7 @@ def decode(
 
 
 # Networks are arguments, not constants, of the compiled programs.
-OPTIONS = ('process', 'sampler', 'steps', 'guidance')
+OPTIONS = ('process', 'sampling')
 content_program = jax.jit(
     draw_content, static_argnames=(*OPTIONS, 'shape', 'clip', 'offset', 'final_alpha_one')
 )

@@ -9,6 +9,22 @@ from cmd_jax.models.dit import SIZES
 STAGES = ('autoencoder', 'content', 'motion', 'all')
 
 
+def sampling(**changes) -> dict:
+    """How a stage is sampled, with the fields named changed."""
+    return (
+        dict(
+            sampler='ddim',
+            steps=50,
+            spacing='',
+            guidance=4.0,
+            guidance_rescale=0.0,
+            guidance_start=0.0,
+            guidance_end=1.0,
+        )
+        | changes
+    )
+
+
 def train(**kwargs) -> dict:
     """Optimisation of one stage: Adam at a constant rate, the paper's habit."""
     return (
@@ -85,7 +101,7 @@ def base() -> dict:
             model=dict(patch=2, **SIZES['L'], rotary=False, remat='attention'),
             process=dict(schedule='linear', prediction='epsilon', learn_sigma=True),
             loss=dict(label_drop=0.1, min_snr=0.0),
-            sampling=dict(sampler='ddim', steps=50, guidance=4.0),
+            sampling=sampling(),
             train=train(),
         ),
         motion=dict(
@@ -93,7 +109,7 @@ def base() -> dict:
             model=dict(patch=2, content_patch=4, **SIZES['L'], rotary=False, remat='attention'),
             process=dict(schedule='linear', prediction='epsilon', learn_sigma=True),
             loss=dict(label_drop=0.1, min_snr=0.0),
-            sampling=dict(sampler='ddim', steps=100, guidance=4.0),
+            sampling=sampling(steps=100),
             content_noise=0.0,
             statistics_clips=4096,
             train=train(clip_norm=1.0),

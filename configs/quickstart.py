@@ -45,13 +45,13 @@ def get_config(arg: str = 'all'):
     config['content'].update(
         model=dict(patch=4) | network,
         process=process,
-        sampling=dict(sampler='ddim', steps=50, guidance=4.0),
+        sampling=common.sampling(guidance=4.0),
         train=train(steps=4300),
     )
     config['motion'].update(
         model=dict(patch=1, content_patch=8) | network,
         process=process,
-        sampling=dict(sampler='ddim', steps=50, guidance=1.5),
+        sampling=common.sampling(guidance=1.5),
         content_noise=0.5,
         statistics_clips=512,
         train=train(steps=1700),

@@ -51,7 +51,7 @@ def get_config(arg: str = 'all'):
     config['content'].update(
         model=config['content']['model'] | dict(remat='none'),
         process=dict(schedule='scaled_linear', prediction='epsilon', learn_sigma=False),
-        sampling=dict(sampler='ddim', steps=50, guidance=7.5),
+        sampling=common.sampling(guidance=7.5),
     )
     config['motion']['text_encoder'] = '' if wide else 'sd21'
     config['motion']['model'].update(common.SIZES['XL'], content_patch=8 if wide else 4)
@@ -87,7 +87,7 @@ def tiny(config: dict):
         model=config['motion']['model']
         | dict(patch=1, content_patch=2, dim=128, depth=4, heads=4, rotary=True, remat='none'),
         process=dict(schedule='cosine', prediction='v', learn_sigma=False),
-        sampling=dict(sampler='ddim', steps=50, guidance=2.0),
+        sampling=common.sampling(guidance=2.0),
         content_noise=0.5,
         statistics_clips=512,
         train=train(1200),

@@ -1,11 +1,13 @@
 """Generators that only play real training clips: what the protocols must find faultless."""
 
+import dataclasses
 import functools
 import types
 
 import jax
 import numpy as np
 
+from cmd_jax.diffusion import Sampling
 from cmd_jax.evaluation import digit_judge
 from cmd_jax.parallel.mesh import make_mesh
 
@@ -36,7 +38,7 @@ class Player:
 
     def __init__(self, clips: int = 400, source: str = 'moving_digits'):
         content, motion = (
-            record(sampling=record(steps=steps, guidance=guidance))
+            record(sampling=Sampling(sampler='ddim', steps=steps, guidance=guidance))
             for steps, guidance in ((25, 3.0), (35, 2.0))
         )
         config = record(
@@ -48,6 +50,17 @@ class Player:
         self.config = dict.fromkeys(self.steps, config)
         self.mesh = make_mesh(devices=jax.devices()[:1])
         self.videos, self.labels, self.directions = train_clips(clips)
+
+    def options(self, steps=None, guidance=None):
+        asked = {k: v for k, v in dict(steps=steps, guidance=guidance).items() if v is not None}
+        return {
+            stage: {
+                'sampling': dataclasses.replace(
+                    getattr(self.config[stage], stage).sampling, **asked
+                )
+            }
+            for stage in ('content', 'motion')
+        }
 
     def reconstruct(self, video):
         return np.where(video < 250, video + 5, video - 5).astype(np.uint8)

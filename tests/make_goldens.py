@@ -6,12 +6,14 @@ records a part of it in tests/goldens/diffusers.npz, so that it is checked where
 Needs requirements-parity.txt.
 """
 
+import inspect
 from pathlib import Path
 from unittest import mock
 
 import diffusers
 import numpy as np
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.schedulers import scheduling_ddpm
 
 from cmd_jax.diffusion import Process
@@ -22,7 +24,9 @@ GOLDENS = Path(__file__).parent / 'goldens' / 'diffusers.npz'
 
 def scheduler(kind, process: Process, options: dict, **kwargs):
     """A diffusers scheduler of the same process and options."""
-    clip = options.get('clip')
+    if 'clip_sample' in inspect.signature(kind).parameters:
+        clip = options.get('clip')
+        kwargs |= dict(clip_sample=clip is not None, clip_sample_range=clip or 1.0)
     return kind(
         num_train_timesteps=process.steps,
         beta_schedule=cases.SCHEDULES[process.schedule],
@@ -31,8 +35,6 @@ def scheduler(kind, process: Process, options: dict, **kwargs):
         prediction_type={'epsilon': 'epsilon', 'v': 'v_prediction'}[process.prediction],
         timestep_spacing=options.get('spacing', 'leading'),
         steps_offset=options.get('offset', 0),
-        clip_sample=clip is not None,
-        clip_sample_range=clip or 1.0,
         **kwargs,
     )
 
@@ -76,6 +78,35 @@ def ddpm(process: Process, options: dict, keys) -> np.ndarray:
         with mock.patch.object(scheduling_ddpm, 'randn_tensor', lambda *_, n=noise, **__: n):
             x = ddpm.step(output, int(t), x).prev_sample
     return x.permute(0, 2, 3, 1).numpy()
+
+
+MULTISTEP = {
+    'dpmpp_2m': diffusers.DPMSolverMultistepScheduler,
+    'unipc': diffusers.UniPCMultistepScheduler,
+}
+
+
+def multistep_timesteps(process: Process, options: dict) -> np.ndarray:
+    them = scheduler(MULTISTEP[options['sampler']], process, options)
+    them.set_timesteps(options['steps'])
+    return them.timesteps.numpy()
+
+
+def rescaled(conditional, null, scale: float, rescale: float) -> np.ndarray:
+    """What Stable Diffusion's pipeline makes of the two branches."""
+    conditional, null = torch.from_numpy(conditional), torch.from_numpy(null)
+    guided = null + scale * (conditional - null)
+    return rescale_noise_cfg(guided, conditional, guidance_rescale=rescale).numpy()
+
+
+def multistep(process: Process, options: dict) -> np.ndarray:
+    """The result of diffusers' scheduler of that name with the toy network."""
+    them = scheduler(MULTISTEP[options['sampler']], process, {'spacing': 'linspace'} | options)
+    them.set_timesteps(options['steps'])
+    x = torch.from_numpy(cases.draw(cases.SHAPE))
+    for t in them.timesteps:
+        x = them.step(toy_network(x, t), t, x).prev_sample
+    return x.numpy()
 
 
 def toy_network(x: torch.Tensor, t: torch.Tensor, learn_sigma: bool = False) -> torch.Tensor:
@@ -150,7 +181,8 @@ def main():
         alphas = scheduler(diffusers.DDIMScheduler, Process(schedule=schedule), {}).alphas_cumprod
         arrays[f'alphas_cumprod/{schedule}'] = alphas.numpy()[cases.TIMES]
     for name, (process, options) in cases.GOLDEN_CASES.items():
-        arrays[f'ddim/{name}'] = ddim(process, options)
+        draw = multistep if options.get('sampler') in MULTISTEP else ddim
+        arrays[f'sample/{name}'] = draw(process, options)
     arrays['dit'] = dit(cases.dit_params())[cases.DIT_PART]
     GOLDENS.parent.mkdir(exist_ok=True)
     np.savez_compressed(GOLDENS, **arrays)

@@ -35,6 +35,21 @@ DDIM_CASES = [
     )
     if 'clip' not in options or clip
 ]
+MULTISTEP_CASES = [
+    (Process(schedule=schedule, prediction=prediction), options | dict(sampler=sampler))
+    for sampler, schedule, prediction, options in itertools.product(
+        ('dpmpp_2m', 'unipc'),
+        ('linear', 'scaled_linear', 'cosine'),
+        ('epsilon', 'v'),
+        [
+            dict(steps=10),
+            dict(steps=1),
+            dict(steps=2, spacing='trailing'),
+            dict(steps=15, spacing='leading', offset=1),
+            dict(steps=25, spacing='trailing'),
+        ],
+    )
+]
 SHAPE = (3, 4, 4, 2)
 
 
@@ -109,5 +124,7 @@ GOLDEN_CASES = {
         Process(schedule='scaled_linear'),
         dict(steps=10, offset=1, final_alpha_one=False),
     ),
+    'dpmpp_2m': (Process(), dict(sampler='dpmpp_2m', steps=10)),
+    'unipc': (Process(prediction='v'), dict(sampler='unipc', steps=10, spacing='trailing')),
 }
 DIT_PART = np.s_[:, ::5, ::5]

@@ -19,6 +19,7 @@ from flax import nnx
 
 import cmd_jax
 from cmd_jax import video
+from cmd_jax.diffusion import Sampling
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation import features, measure, pages, protocols, real_clips
 from cmd_jax.evaluation.networks import pretrained
@@ -311,6 +312,7 @@ class Writer:
     """A generator of noise, on text."""
 
     text, class_names, steps = True, [], {'autoencoder': 1, 'content': 2, 'motion': 3}
+    sha256 = {'autoencoder': 'a', 'content': 'b', 'motion': 'c'}
 
     def __init__(self):
         self.autoencoder = self.content = self.motion = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
@@ -329,7 +331,8 @@ class Writer:
         return videos[:, 0]
 
     def options(self, **_):
-        return {stage: dict(sampler='ddim', steps=1, guidance=1.0) for stage in self.steps}
+        used = Sampling(sampler='ddim', steps=1)
+        return {stage: {'sampling': used} for stage in ('content', 'motion')}
 
 
 def test_text_to_video(clip_folder, tmp_path):

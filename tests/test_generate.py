@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import cmd_jax
 from cmd_jax import video
@@ -174,10 +175,30 @@ def test_stages_on_their_own(run, generator):
         cmd_jax.load(run, stages=['content'])
 
 
+def test_networks_that_compute_in_bfloat16_are_kept_so(run, tmp_path):
+    """With the videos of parameters in full precision, to the bit."""
+    workdir = tmp_path / 'run'
+    shutil.copytree(run, workdir)
+    for path in workdir.glob('*/config.json'):
+        path.write_text(path.read_text().replace('"precision": "auto"', '"precision": "bfloat16"'))
+    lean, full = (cmd_jax.load(workdir, full_precision=x) for x in (False, True))
+    for name in configs.STAGES:
+        kernels = {}
+        for generator in (lean, full):
+            state = nnx.to_flat_state(nnx.state(getattr(generator, name), nnx.Param))
+            assert all(x.dtype == jnp.float32 for path, x in state if 'norm' in path[-2])
+            kernels[generator] = [x for path, x in state if path[-1] == 'kernel']
+        half = [x.dtype == jnp.bfloat16 for x in kernels[lean]]
+        assert sum(half) > len(half) / 2 and all(x.dtype == jnp.float32 for x in kernels[full])
+    np.testing.assert_array_equal(lean([3], seed=1), full([3], seed=1))
+    assert lean.sha256 == full.sha256 and len(set(lean.sha256.values())) == 3
+
+
 def test_sample_script(run, tmp_path):
-    code, stderr = script(
-        'sample.py', f'--workdir={run}', '--labels=three,7', '--num_videos=3', f'--out={tmp_path}'
-    )
+    how = '--sampler=unipc --spacing=trailing --steps=3 --guidance=2 --motion_guidance=3'
+    how += ' --guidance_rescale=0.5 --guidance_end=0.8'
+    asked = ['--labels=three,7', '--num_videos=3', f'--out={tmp_path}', *how.split()]
+    code, stderr = script('sample.py', f'--workdir={run}', *asked)
     assert code == 0, stderr[-2000:]
     names = {p.name for p in tmp_path.iterdir()}
     expected = {'0000.mp4', '0001.mp4', '0002.mp4', 'grid.mp4', 'grid.gif'}
@@ -186,8 +207,10 @@ def test_sample_script(run, tmp_path):
     assert [v['label'] for v in record['videos']] == [3, 7, 3]
     assert record['checkpoint_steps'] == dict.fromkeys(configs.STAGES, 6)
     assert record['seed'] == 0
-    assert record['content'] == {'sampler': 'ddim', 'steps': 2, 'guidance': 4.0}
-    assert record['motion']['steps'] == 2
+    used = dict(sampler='unipc', spacing='trailing', steps=3, guidance=2.0)
+    assert used.items() <= record['content'].items()
+    assert record['content']['guidance_rescale'] == 0.5
+    assert record['motion']['guidance'] == 3 and record['motion']['guidance_end'] == 0.8
     assert video.read(tmp_path / '0000.mp4').shape[0] == 4
 
 

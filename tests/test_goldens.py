@@ -29,8 +29,8 @@ def test_schedule(goldens, schedule):
 
 
 @pytest.mark.parametrize('name', cases.GOLDEN_CASES)
-def test_ddim(goldens, name):
-    check(cases.toy_sample(*cases.GOLDEN_CASES[name]), goldens[f'ddim/{name}'], 1e-4)
+def test_samplers(goldens, name):
+    check(cases.toy_sample(*cases.GOLDEN_CASES[name]), goldens[f'sample/{name}'], 1e-4)
 
 
 def test_content_dit(goldens):

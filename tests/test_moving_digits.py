@@ -10,14 +10,14 @@ from tests import digit_player
 
 
 class Player(digit_player.Player):
-    def __call__(self, *, labels, seed, steps, guidance):
+    def __call__(self, *, labels, seed, **settings):
         rng = np.random.default_rng(seed)
         return np.stack(
             [self.videos[rng.choice(np.flatnonzero(self.labels == label))] for label in labels]
         )
 
-    def animate(self, *, content, label, n, seed, steps, guidance):
-        return self(labels=[label] * n, seed=seed, steps=steps, guidance=guidance)
+    def animate(self, *, content, label, n, **settings):
+        return self(labels=[label] * n, **settings)
 
 
 class Liar(Player):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cmd_jax.diffusion import Process, timesteps
+from cmd_jax.diffusion import Process, guide, timesteps
 from cmd_jax.models.dit import grid_positions
 from tests import reference_cases as cases
 
@@ -52,6 +52,37 @@ def test_timesteps(reference, spacing):
 def test_ddim(reference, process, options):
     ours, theirs = cases.toy_sample(process, options), reference.ddim(process, options)
     check(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize('process, options', cases.MULTISTEP_CASES)
+def test_multistep(reference, process, options):
+    ours, theirs = cases.toy_sample(process, options), reference.multistep(process, options)
+    check(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])
+@pytest.mark.parametrize('sampler', ['dpmpp_2m', 'unipc'])
+def test_timesteps_of_multistep(reference, sampler, spacing):
+    process = Process()
+    for steps in range(1, 500):
+        options = dict(spacing=spacing, offset=int(spacing == 'leading'), steps=steps)
+        theirs = reference.multistep_timesteps(process, options | {'sampler': sampler})
+        del options['steps']
+        ours = timesteps(process, steps, **options, sampler=sampler)
+        np.testing.assert_array_equal(ours, theirs[:steps])
+
+
+@pytest.mark.parametrize('rescale', [0.3, 0.7, 1.0])
+def test_guidance_rescale(reference, rescale):
+    conditional, null = cases.draw((2, 4, 4, 3)), cases.draw((2, 4, 4, 3), 1)
+    denoise = guide(
+        lambda x, t, which: jnp.where(which[:, None, None, None], conditional[0], null[0]),
+        *(jnp.array([True]), jnp.array([False]), 5.0),
+        learn_sigma=False,
+        rescale=rescale,
+    )
+    ours = denoise(jnp.zeros((1, 4, 4, 3)), jnp.zeros(1))
+    check(ours, reference.rescaled(conditional[:1], null[:1], 5.0, rescale), 1e-5)
 
 
 @pytest.mark.parametrize('eta', [0.5, 1.0])

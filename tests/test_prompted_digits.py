@@ -125,9 +125,9 @@ def test_evaluate_praises_real_clips(tmp_path):
     assert (numbers['seed'], numbers['checkpoint_content']) == (5, 20)
     negative = numbers['negative_prompt']
     assert MEANT[negative][0] not in [MEANT[words][0] for words in pictures['prompts'][:8]]
-    settings = {'seed': 5, 'steps': None, 'guidance': None}
+    settings, alone = {'seed': 5}, {'guidance': 1.0, 'motion_guidance': None}
     assert sorted(player.calls, key=str) == sorted(
-        [(160, '', settings), (8, negative, settings), (8, '', settings | {'guidance': 1.0})],
+        [(160, '', settings), (8, negative, settings), (8, '', settings | alone)],
         key=str,
     )
 
@@ -204,7 +204,8 @@ def test_script_measures_as_many_videos_as_the_protocol_does(tmp_path):
     root = pathlib.Path(__file__).parents[1]
     program = (
         'import runpy, cmd_jax; from tests.test_prompted_digits import Player;'
-        'cmd_jax.load = lambda workdir: Player(); runpy.run_path("evaluate.py", None, "__main__")'
+        'cmd_jax.load = lambda *_, **__: Player();'
+        'runpy.run_path("evaluate.py", None, "__main__")'
     )
     flags = ['--protocol=prompted_digits', '--seed=2', f'--workdir={tmp_path}']
     done = subprocess.run(

@@ -13,33 +13,80 @@ With the notation of process.py, s < t two timesteps that follow each other and 
 The last step draws no z. s is the next timestep that is visited. So it is in diffusers'
 DDPMScheduler; its DDIMScheduler takes t - floor(steps of training / steps), which is the same for
 'leading', and for 'trailing' where steps divides the steps of training.
+
+DPM-Solver++ and UniPC (multistep.py) are of second order: 10 to 20 steps do what DDIM does in 50 to
+100. Their last step always ends at the data, as in diffusers.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from cmd_jax.diffusion import multistep
 from cmd_jax.diffusion.process import Process
 from cmd_jax.errors import UserError
 
-SAMPLERS = ('ddim', 'ddpm')
+SAMPLERS = ('ddim', 'ddpm', *multistep.MULTISTEP)
 SPACINGS = ('leading', 'trailing', 'linspace')
 
 
-def timesteps(process: Process, steps: int, spacing: str, offset: int = 0) -> np.ndarray:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a network is sampled.
+
+    Attributes:
+      sampler: of SAMPLERS.
+      steps: network evaluations; with guidance of both branches at once.
+      spacing: of SPACINGS; '': the sampler's own, see `timesteps`.
+      guidance: scale, see `guide`; 1: none. The paper's weight w is guidance - 1.
+      guidance_rescale: how much of the contrast that guidance adds is taken away, 0..1.
+      guidance_start, guidance_end: the part of the way from noise (0) to data (1) that is guided.
+    """
+
+    sampler: str
+    steps: int
+    spacing: str = ''
+    guidance: float = 1.0
+    guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.guidance_start <= self.guidance_end <= 1:
+            raise UserError(
+                f'guidance_start={self.guidance_start}, guidance_end={self.guidance_end}: choose '
+                'two numbers in 0..1, the first not larger'
+            )
+
+    def interval(self, process: Process) -> tuple[float, float] | None:
+        """The timesteps that are guided, as `guide` takes them."""
+        if (self.guidance_start, self.guidance_end) == (0, 1):
+            return None
+        return tuple((1 - x) * process.steps for x in (self.guidance_end, self.guidance_start))
+
+
+def timesteps(
+    process: Process, steps: int, spacing: str = '', offset: int = 0, sampler: str = 'ddim'
+) -> Int[np.ndarray, 'steps']:
     """The `steps` timesteps that a sampler visits, from noisy to clean.
 
     'leading': multiples of floor(process.steps / steps), plus `offset` (Stable Diffusion: 1), which
     the other spacings do not have; 'trailing': ends at the last training step; 'linspace': both
-    ends, evenly.
+    ends, evenly. The multistep samplers go from the data's side: 'leading' and 'linspace' are those
+    of one step more, the cleanest of which is not visited. '': as in diffusers, 'linspace' for
+    these, 'leading' for DDIM and DDPM.
     """
-    if not 1 <= steps <= process.steps:
-        raise UserError(f'steps={steps} is out of range: choose one in 1..{process.steps}')
+    spare = int(sampler in multistep.MULTISTEP)
+    spacing = spacing or ('linspace' if spare else 'leading')
+    if not 1 <= steps <= process.steps - spare:
+        raise UserError(f'steps={steps} is out of range: choose one in 1..{process.steps - spare}')
     if spacing == 'leading':
-        ts = (np.arange(steps) * (process.steps // steps))[::-1] + offset
+        ratio = process.steps // (steps + spare)
+        ts = (np.arange(spare, steps + spare) * ratio)[::-1] + offset
         if offset < 0 or ts[0] >= process.steps:
             raise UserError(f'offset={offset} leaves 0..{process.steps - 1}: choose another')
         return ts
@@ -48,7 +95,8 @@ def timesteps(process: Process, steps: int, spacing: str, offset: int = 0) -> np
         ts = np.arange(process.steps, 0, -process.steps / steps)[:steps]
         return np.round(ts).astype(int) - 1
     if spacing == 'linspace':
-        return np.round(np.linspace(0, process.steps - 1, steps))[::-1].astype(int)
+        ts = np.round(np.linspace(0, process.steps - 1, steps + spare))[::-1].astype(int)
+        return ts[:steps]
     raise UserError(f'spacing={spacing!r} is unknown: choose one of {", ".join(SPACINGS)}')
 
 
@@ -59,7 +107,7 @@ def sample(
     *,
     sampler: str = 'ddim',
     steps: int = 50,
-    spacing: str = 'leading',
+    spacing: str = '',
     offset: int = 0,
     eta: float = 0.0,
     clip: float | None = None,
@@ -72,14 +120,14 @@ def sample(
       denoise: (x, t [b] float32) -> network output, with variance channels last where the process
         learns sigma.
       x_T: standard normal noise.
-      sampler: 'ddim' or 'ddpm'.
+      sampler: 'ddim', 'ddpm', 'dpmpp_2m' or 'unipc'.
       steps: number of network evaluations.
       spacing, offset: see `timesteps`.
       eta: noise of DDIM in [0, 1]; 0 is deterministic, 1 has the variance of DDPM.
       clip: bound of |x_0| at every step (1 for pixels), or None. DDIM's noise follows the bounded
         x_0 (diffusers' `use_clipped_model_output=True`).
-      final_alpha_one: whether abar is 1 behind the last timestep, else it is abar_0 (diffusers'
-        `set_alpha_to_one=False`, which Stable Diffusion has).
+      final_alpha_one: whether abar is 1 behind the last timestep of DDIM and DDPM, else it is
+        abar_0 (diffusers' `set_alpha_to_one=False`, which Stable Diffusion has).
       key: typed PRNG keys [b], one an example, so that an example's noise does not depend on the
         batch it is in; or one key. Needed by 'ddpm' and by eta > 0.
 
@@ -89,17 +137,32 @@ def sample(
     """
     if sampler not in SAMPLERS:
         raise UserError(f'sampler={sampler!r} is unknown: choose one of {", ".join(SAMPLERS)}')
-    if not 0 <= eta <= 1:
-        raise UserError(f'eta={eta} is out of range: choose one in 0..1')
+    many = sampler in multistep.MULTISTEP
+    if not 0 <= eta <= (0 if many else 1):
+        raise UserError(f'eta={eta} is out of range for {sampler}: choose 0{"" if many else "..1"}')
     noisy = sampler == 'ddpm' or eta > 0
     if noisy and key is None:
         raise UserError(f'key is missing: sampler={sampler!r} with eta={eta} draws noise')
     if noisy and key.ndim == 0:
         key = jax.random.split(key, x_T.shape[0])
 
-    ts = timesteps(process, steps, spacing, offset)
+    ts = timesteps(process, steps, spacing, offset, sampler)
     # In float64: 1 - abar and beta are small differences.
     abar = process.alphas_cumprod
+    x_T = x_T.astype(jnp.float32)
+
+    def bounded(x_0):
+        return x_0 if clip is None else jnp.clip(x_0, -clip, clip)
+
+    if many:
+
+        def predict(x, t):
+            t = jnp.full(x.shape[:1], t)
+            prediction = process.split(denoise(x, t.astype(jnp.float32)))[0]
+            return bounded(process.to_x_0(prediction, x, t))
+
+        return multistep.solve(predict, x_T, ts, abar[ts], corrected=sampler == 'unipc')
+
     abar_t, abar_s = abar[ts], np.append(abar[ts[1:]], 1.0 if final_alpha_one else abar[0])
     beta = 1 - abar_t / abar_s
     tilde = beta * (1 - abar_s) / (1 - abar_t)
@@ -124,7 +187,7 @@ def sample(
         prediction, variance = process.split(denoise(x, t.astype(jnp.float32)))
         x_0, noise = process.to_x_0(prediction, x, t), process.to_noise(prediction, x, t)
         if clip is not None:
-            x_0 = jnp.clip(x_0, -clip, clip)
+            x_0 = bounded(x_0)
             alpha, sigma = process.alpha_sigma(t, x.ndim)
             noise = (x - alpha * x_0) / sigma
         std = row['std']
@@ -139,4 +202,4 @@ def sample(
             return mean, None
         return mean + jnp.where(row['step'] < steps - 1, std, 0) * draw(row['step']), None
 
-    return jax.lax.scan(body, x_T.astype(jnp.float32), rows)[0]
+    return jax.lax.scan(body, x_T, rows)[0]

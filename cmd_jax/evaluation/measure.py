@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from cmd_jax.errors import UserError
-from cmd_jax.evaluation import distances, features, intervals, real_clips
+from cmd_jax.evaluation import distances, features, intervals, real_clips, run
 from cmd_jax.evaluation.networks import clip, i3d, lpips, pretrained
 from cmd_jax.evaluation.protocols import (
     LEAST,
@@ -22,7 +22,6 @@ from cmd_jax.evaluation.protocols import (
     fingerprint,
 )
 from cmd_jax.parallel import batches
-from cmd_jax.training import trained
 
 SHOWN = 16  # clips of each kind for the page
 AT_ONCE = 256  # generated videos whose conditions are in memory
@@ -35,7 +34,7 @@ class Settings:
     Attributes:
       data: KIND:WHERE of the real clips; None: the run's own.
       num_videos: real clips and generated videos; None: the protocol's numbers.
-      steps, guidance, sampler: of sampling; None: the run's config's.
+      steps, guidance, sampler, spacing: of sampling; None: the run's config's.
       seed: of clips, samples and intervals.
       size: pixels a side that I3D sees.
       batch_size: videos at a time in the run's networks.
@@ -49,6 +48,7 @@ class Settings:
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
+    spacing: str | None = None
     seed: int = 0
     size: int = i3d.SIZE
     batch_size: int = 16
@@ -58,7 +58,8 @@ class Settings:
 
     @property
     def sampling(self) -> dict:
-        return dict(steps=self.steps, sampler=self.sampler, seed=self.seed)
+        """Options of sampling but for the guidance scale, and the seed."""
+        return {k: getattr(self, k) for k in ('steps', 'sampler', 'spacing', 'seed')}
 
 
 class Videos:
@@ -307,28 +308,15 @@ def _estimates(real: Videos, protocol, official, settings, videos: Videos) -> di
     return found
 
 
-def _sampled(generator, settings) -> dict:
-    """How the stages that were loaded were sampled."""
-    if generator.motion is None:
-        return {}
-    used = generator.options(
-        steps=settings.steps, guidance=settings.guidance, sampler=settings.sampler
-    )
-    return {
-        f'{option}_{stage}': used[stage][option]
-        for stage in sorted(used)
-        for option in ('sampler', 'steps', 'guidance')
-    }
-
-
 def _about(generator, real, protocol, settings) -> dict:
     """What the numbers depend on."""
     about = {f'real_{name}': value for name, value in real.settings.items()}
     for stage, config in generator.config.items():
-        about[f'checkpoint_{stage}'] = generator.steps[stage]
-        about[f'sha256_{stage}'] = trained.fingerprint(getattr(generator, stage))
+        about[f'sha256_{stage}'] = generator.sha256[stage]
         about[f'ema_decay_{stage}'] = getattr(config, stage).train.ema_decay
-    about |= _sampled(generator, settings)
+    sampled = settings.sampling | {'guidance': settings.guidance}
+    del sampled['seed']
+    about |= run.settings(generator, **sampled)
     if protocol.distance:
         about |= {
             'i3d_sha256': pretrained.sha256(i3d.weights(settings.i3d)),

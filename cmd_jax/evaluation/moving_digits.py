@@ -60,9 +60,8 @@ def evaluate(
     *,
     num_videos: int = 200,
     num_real: int = 500,
-    steps: int | None = None,
-    guidance: float | None = None,
     seed: int = 0,
+    **options,
 ) -> tuple[dict, dict]:
     """Measures a generator of moving digits against held-out real clips.
 
@@ -70,8 +69,8 @@ def evaluate(
       generator: what `cmd_jax.load` gives for a run trained on moving_digits.
       num_videos: generated videos, equally many of each digit.
       num_real: held-out clips, for PSNR, the judge's own accuracy and real motion.
-      steps, guidance: as `Generator` takes them; None is what the run's config says.
       seed: of the samples, the held-out clips and the judge.
+      options: of sampling, as `Generator` takes them; else as the run's config says.
 
     Returns:
       numbers: flat; the keys of TARGETS, what they are made of, and the settings.
@@ -87,7 +86,7 @@ def evaluate(
     sizes = run.clip_sizes(generator, 'moving_digits', 'moving_digits')
     real, real_labels, _ = digit_judge.real_clips('test', num_real, seed=seed, **sizes)
     judge = digit_judge.DigitClassifier.train(seed=seed, **sizes)
-    settings = {'seed': seed, 'steps': steps, 'guidance': guidance}
+    settings = {'seed': seed} | options
 
     reconstructed = generator.reconstruct(real)
     labels = np.arange(num_videos) % 10
@@ -122,7 +121,7 @@ def evaluate(
         'num_videos': num_videos,
         'num_real': num_real,
         'seed': seed,
-        **run.settings(generator, steps, guidance),
+        **run.settings(generator, **options),
     }
     pictures = {
         'real': real[:_SHOWN],

@@ -45,9 +45,8 @@ def evaluate(
     *,
     num_videos: int = 160,
     num_real: int = 500,
-    steps: int | None = None,
-    guidance: float | None = None,
     seed: int = 0,
+    **options,
 ) -> tuple[dict, dict]:
     """Measures a text-to-video generator of moving digits against held-out real clips.
 
@@ -55,8 +54,8 @@ def evaluate(
       generator: what `cmd_jax.load` gives for a run with text, trained on moving_digits.
       num_videos: generated videos, equally many of each of the 80 prompts.
       num_real: held-out clips, for PSNR, what the judge makes of them, and real motion.
-      steps, guidance: as `Generator` takes them; None is what the run's config says.
       seed: of the samples, the held-out clips, the judge and the control.
+      options: of sampling, as `Generator` takes them; else as the run's config says.
 
     Returns:
       numbers: flat; the keys of TARGETS, what they are made of, and the settings.
@@ -83,17 +82,17 @@ def evaluate(
         'test', num_real, seed=seed, **sizes
     )
     judge = digit_judge.DigitClassifier.train(seed=seed, **sizes)
-    settings = {'seed': seed, 'steps': steps}
+    settings = {'seed': seed} | options
     labels, directions = asked(num_videos)
     prompts = [caption(*pair) for pair in zip(labels.tolist(), directions.tolist())]
 
     # First what can be refused: it takes a moment, the rest minutes.
     few = prompts[:_COMPARED]
-    negative = generator(prompt=few, negative_prompt=_NEGATIVE, guidance=guidance, **settings)
-    unguided = generator(prompt=few, guidance=1.0, **settings)
+    negative = generator(prompt=few, negative_prompt=_NEGATIVE, **settings)
+    unguided = generator(prompt=few, **settings | {'guidance': 1.0, 'motion_guidance': None})
     reconstructed = generator.reconstruct(real)
     sampling = time.perf_counter()
-    generated = generator(prompt=prompts, guidance=guidance, **settings)
+    generated = generator(prompt=prompts, **settings)
     sampling = time.perf_counter() - sampling
     content = generator.content_frames(real[:_SHOWN])
 
@@ -131,7 +130,7 @@ def evaluate(
         'num_real': num_real,
         'negative_prompt': _NEGATIVE,
         'seed': seed,
-        **run.settings(generator, steps, guidance),
+        **run.settings(generator, **options),
     }
     pictures = {
         'real': real[:_SHOWN],

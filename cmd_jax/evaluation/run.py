@@ -1,5 +1,6 @@
 """What every protocol says of the run that it measures: its clips, its cost, how it was sampled."""
 
+import dataclasses
 import time
 
 from cmd_jax.errors import UserError
@@ -40,12 +41,13 @@ def cost(generator, started: float) -> dict[str, float | None]:
     }
 
 
-def settings(generator, steps: int | None, guidance: float | None) -> dict[str, int | float]:
-    """Sampling steps and guidance of both diffusion stages, as given or (None) as the run's config
-    has them; and the checkpoints that were sampled."""
-    used = {}
-    for stage in ('content', 'motion'):
-        default = getattr(generator.config[stage], stage).sampling
-        used[f'steps_{stage}'] = steps or default.steps
-        used[f'guidance_{stage}'] = default.guidance if guidance is None else guidance
-    return used | {f'checkpoint_{stage}': step for stage, step in generator.steps.items()}
+def settings(generator, **options) -> dict[str, str | int | float]:
+    """How the stages that were loaded were sampled, OPTION_STAGE, and their checkpoints.
+
+    `options`: see `Generator.__call__`; None is what the run's config says.
+    """
+    return {
+        f'{option}_{stage}': value
+        for stage, used in sorted(generator.options(**options).items())
+        for option, value in dataclasses.asdict(used['sampling']).items()
+    } | {f'checkpoint_{stage}': step for stage, step in generator.steps.items()}

@@ -59,6 +59,23 @@ def linear(in_dim: int, out_dim: int, *, dtype, rngs, kernel_init=xavier, **kwar
     return nnx.Linear(in_dim, out_dim, dtype=dtype, **kwargs)
 
 
+def as_computed(network: nnx.Module) -> nnx.Module:
+    """The network with the parameters of its linear layers and convolutions in the dtype that these
+    compute in: what they would be rounded to at every use. For sampling; training needs more.
+
+    Args:
+      network: with arrays, or shapes in their place; it is changed.
+    """
+    for _, module in nnx.iter_modules(network):
+        if isinstance(module, nnx.Linear | nnx.Conv) and module.dtype is not None:
+            for param in (module.kernel, module.bias):
+                if param is not None:
+                    x = param.get_value()
+                    to = x.update if isinstance(x, jax.ShapeDtypeStruct) else x.astype
+                    param.set_value(to(dtype=module.dtype))
+    return network
+
+
 def gelu(x: Array) -> Array:
     """The exact GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415), x Phi(x).
 

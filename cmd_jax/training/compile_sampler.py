@@ -1,8 +1,8 @@
 """What sampling would cost on a TPU slice that is not here: `sample.py --compile_for`.
 
 The three programs of the Generator, compiled for that slice: content frame, motion latent, and the
-decoding to pixels. Networks are as the Generator keeps them: those that were trained in float32,
-pretrained ones in bfloat16.
+decoding to pixels. Networks are as the Generator keeps them: layers of those that were trained in
+what they compute in, pretrained ones in bfloat16.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from flax import nnx
 
 from cmd_jax import atomic, sampling, stable_diffusion
 from cmd_jax.errors import UserError, writable
+from cmd_jax.models.layers import as_computed
 from cmd_jax.parallel import compile_only
 from cmd_jax.parallel.mesh import batch_sharding, batch_ways, make_mesh, replicated
 from cmd_jax.stable_diffusion import weights
@@ -156,7 +157,7 @@ def programs(config: configs.Config, classes: int, videos: int, mesh) -> tuple[d
     dtype, batch = parts.compute_dtype('auto'), batch_sharding(mesh)
 
     def shaped(make):
-        return frozen.shaped(nnx.eval_shape(lambda: make(nnx.Rngs(0))), mesh)
+        return frozen.shaped(as_computed(nnx.eval_shape(lambda: make(nnx.Rngs(0)))), mesh)
 
     def pretrained(where, part):
         sizes = stable_diffusion.arguments(where, part)
@@ -184,9 +185,9 @@ def programs(config: configs.Config, classes: int, videos: int, mesh) -> tuple[d
         if parts.text_source(config, 'motion') == source:
             del networks['text of motion']
 
-    def options(stage):
-        found = dataclasses.asdict(getattr(config, stage).sampling)
-        return found if text or classes else found | {'guidance': 1.0}
+    def chosen(stage):
+        found = getattr(config, stage).sampling
+        return found if text or classes else dataclasses.replace(found, guidance=1.0)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), videos))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch)
@@ -199,7 +200,7 @@ def programs(config: configs.Config, classes: int, videos: int, mesh) -> tuple[d
             networks['content'],
             parts.make_process(config.content.process),
             *(keys, given['content'], given['content'], frame),
-            **options('content'),
+            sampling=chosen('content'),
             **parts.content_sampling(config),
         ),
         'motion latent': sampling.motion_program.lower(
@@ -207,7 +208,7 @@ def programs(config: configs.Config, classes: int, videos: int, mesh) -> tuple[d
             parts.make_process(config.motion.process),
             *(keys, array(*frame), given['motion'], given['motion']),
             dict.fromkeys(('mean', 'std'), statistics),
-            **options('motion'),
+            sampling=chosen('motion'),
             content_noise=config.motion.content_noise,
         ),
         'video': sampling.decode_program.lower(

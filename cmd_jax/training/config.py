@@ -16,7 +16,7 @@ from cmd_jax import atomic
 from cmd_jax.data.clip_options import CROPS, PLACES, SHORT
 from cmd_jax.data.sources import SOURCES
 from cmd_jax.diffusion.process import PREDICTIONS, SCHEDULES
-from cmd_jax.diffusion.samplers import SAMPLERS
+from cmd_jax.diffusion.samplers import SAMPLERS, SPACINGS, Sampling
 from cmd_jax.errors import UserError, choose
 from cmd_jax.models.autoencoder import CONTENT_FRAMES, OUTPUTS, POSITIONS
 from cmd_jax.models.layers import REMAT
@@ -165,21 +165,12 @@ class DiffusionLoss:
 
 
 @record
-class Sampling:
-    """How this stage is sampled where nothing else is asked for."""
-
-    sampler: str
-    steps: int
-    guidance: float  # 1: none; the paper's weight w is guidance - 1
-
-
-@record
 class Content:
     start: str  # file of DiT weights to begin with; '': random weights. The U-Net has its own
     model: ContentModel
     process: DiffusionProcess
     loss: DiffusionLoss
-    sampling: Sampling
+    sampling: Sampling  # where nothing else is asked for
     train: Train
 
 
@@ -189,7 +180,7 @@ class Motion:
     model: MotionModel
     process: DiffusionProcess
     loss: DiffusionLoss
-    sampling: Sampling
+    sampling: Sampling  # where nothing else is asked for
     content_noise: float  # deviation of the noise added to the content frame; the paper: 0
     statistics_clips: int  # clips whose motion latents give the mean and deviation of each channel
     train: Train
@@ -283,6 +274,7 @@ KNOWN = {
     'process.schedule': SCHEDULES,
     'prediction': PREDICTIONS,
     'sampler': SAMPLERS,
+    'spacing': ('', *SPACINGS),
 }
 MANY = float('inf')
 BOUNDS = {
@@ -310,6 +302,9 @@ BOUNDS = {
     'lpips_weight': (0.0, MANY),
     'content_noise': (0.0, MANY),
     'guidance': (0.0, MANY),
+    'guidance_rescale': (0.0, 1.0),
+    'guidance_start': (0.0, 1.0),
+    'guidance_end': (0.0, 1.0),
 }
 AUTOMATIC = ('mesh.data', 'mesh.fsdp', 'mesh.tensor')  # -1: chosen by `parallel.mesh`
 

@@ -87,6 +87,15 @@ def await_seals(folder: Path, processes: int, seconds: float):
         time.sleep(0.1)
 
 
+def fingerprint(folder: Path) -> str:
+    """A hash of the manifests of a checkpoint, and so of all its files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if NAME.fullmatch(path.name):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def fault(
     folder: Path, step: int, item: str | None = None, process: int = 0, processes: int = 1
 ) -> str | None:

@@ -10,8 +10,8 @@ from flax import nnx
 from cmd_jax import stable_diffusion
 from cmd_jax.data import sources
 from cmd_jax.data.clip_options import ClipOptions
-from cmd_jax.diffusion import Process
-from cmd_jax.errors import UserError
+from cmd_jax.diffusion import SAMPLERS, SPACINGS, Process
+from cmd_jax.errors import UserError, choose
 from cmd_jax.models.autoencoder import VideoAutoencoder
 from cmd_jax.models.content import ContentDiT
 from cmd_jax.models.motion import MotionDiT
@@ -129,39 +129,52 @@ def sampling_options(
     motion_steps: int | None = None,
     motion_guidance: float | None = None,
     sampler: str | None = None,
+    spacing: str | None = None,
+    guidance_rescale: float | None = None,
+    guidance_start: float | None = None,
+    guidance_end: float | None = None,
 ) -> dict[str, dict]:
-    """{'content': …, 'motion': …}: how the stages of a run are sampled, defaults filled in.
+    """{'content': …, 'motion': …}: keywords of `draw_content` and `draw_motion`.
 
     Args:
-      config: {stage: the Config that it was trained with}.
+      config: {stage: the Config that it was trained with}, which says what is left out here (None).
       conditioned: whether it is on classes or prompts.
-      steps, guidance, motion_steps, motion_guidance, sampler: see `Generator.__call__`.
+      steps, guidance: of both stages.
+      motion_steps, motion_guidance: of the motion stage alone.
+      sampler, spacing, guidance_rescale, guidance_start, guidance_end: of both, see
+        `diffusion.Sampling`.
 
     Raises:
-      UserError: guidance where there is nothing to guide to.
+      UserError: guidance where there is nothing to guide to, or an unknown sampler or spacing.
     """
     if not conditioned and {guidance, motion_guidance} - {None, 1.0}:
         raise UserError(
             f'guidance={guidance or motion_guidance}: this run has no classes, leave it out'
         )
+    if sampler is not None:
+        choose('sampler', sampler, SAMPLERS)
+    if spacing is not None:
+        choose('spacing', spacing, ('', *SPACINGS))
+    common = dict(
+        sampler=sampler,
+        spacing=spacing,
+        guidance_rescale=guidance_rescale,
+        guidance_start=guidance_start,
+        guidance_end=guidance_end,
+    )
     asked = {
-        'content': (steps, guidance),
-        'motion': (
-            steps if motion_steps is None else motion_steps,
-            guidance if motion_guidance is None else motion_guidance,
+        'content': dict(steps=steps, guidance=guidance),
+        'motion': dict(
+            steps=steps if motion_steps is None else motion_steps,
+            guidance=guidance if motion_guidance is None else motion_guidance,
         ),
     }
     options = {}
     for stage in set(asked) & set(config):
-        steps, guidance = asked[stage]
+        changes = {k: v for k, v in (common | asked[stage]).items() if v is not None}
+        changes = changes if conditioned else changes | {'guidance': 1.0}
         default = getattr(config[stage], stage).sampling
-        if guidance is None:
-            guidance = default.guidance if conditioned else 1.0
-        options[stage] = {
-            'sampler': sampler or default.sampler,
-            'steps': default.steps if steps is None else steps,
-            'guidance': float(guidance),
-        }
+        options[stage] = {'sampling': dataclasses.replace(default, **changes)}
     if 'content' in options:
         options['content'] |= content_sampling(config['content'])
     if 'motion' in options:

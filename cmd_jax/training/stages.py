@@ -113,7 +113,8 @@ def check(name: str, config: configs.Config, classes: int, mesh):
         offset = parts.content_sampling(config)['offset']
         if config.condition == 'text':
             parts.check_pretrained(config)
-    timesteps(process, section.sampling.steps, 'leading', offset)
+    sampling = section.sampling
+    timesteps(process, sampling.steps, sampling.spacing, offset, sampling.sampler)
 
 
 def make(name: str, config: configs.Config, classes: int, mesh) -> Stage:
@@ -137,9 +138,10 @@ def make(name: str, config: configs.Config, classes: int, mesh) -> Stage:
             preview=functools.partial(previews.autoencoder, at_once),
         )
     process = parts.make_process(section.process)
-    options = dataclasses.asdict(section.sampling)
+    sampling = section.sampling
     if not classes and config.condition != 'text':
-        options['guidance'] = 1.0
+        sampling = dataclasses.replace(sampling, guidance=1.0)
+    options = {'sampling': sampling}
     if name == 'content':
         options |= parts.content_sampling(config)
         preview, loss = previews.content, losses.content_loss(process, section.loss, frames)

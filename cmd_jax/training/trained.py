@@ -19,7 +19,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.parallel.mesh import param_sharding, path_name, replicated
 from cmd_jax.parallel.placement import fetch
 from cmd_jax.training import config as configs
-from cmd_jax.training import metrics
+from cmd_jax.training import integrity, metrics
 from cmd_jax.training.checkpoint import Checkpoints
 from cmd_jax.training.parts import make_network
 
@@ -32,6 +32,7 @@ class Trained:
       network: with the averaged parameters.
       config: that it was trained with.
       step: updates of the checkpoint.
+      sha256: of the checkpoint, see `integrity.fingerprint`.
       class_names: empty where the data has no classes.
       autoencoder_step: of the autoencoder that content or motion was trained on, else None.
       statistics: {'mean', 'std'} of the motion latent, [d] each; None but for the motion stage.
@@ -40,6 +41,7 @@ class Trained:
     network: nnx.Module
     config: configs.Config
     step: int
+    sha256: str
     class_names: list[str]
     autoencoder_step: int | None
     statistics: dict | None
@@ -105,10 +107,12 @@ def load(
                 f'{workdir} has no trained {stage} ({step or 0} of {steps} steps done): {command}'
             )
         stored = checkpoints.restore_model(tree)
+        sha256 = integrity.fingerprint(checkpoints.folder / str(step))
     return Trained(
         network=nnx.merge(graphdef, stored['ema']),
         config=config,
         step=step,
+        sha256=sha256,
         statistics=stored.get('statistics'),
         **inputs,
     )
