@@ -4,7 +4,7 @@
     python -m benchmarks.pods
 
 Compiles the steps of the shipped configs for v5e:4x4, v5e:8x8, v5p:4x4x4 and v6e:8x8, and sampling
-at 512 x 1024 for one v5e; writes results/pods.json and prints the tables. A row that is there is
+at 512 x 1024 for one chip; writes results/pods.json and prints the tables. A row that is there is
 kept (--again: made anew; --only=NAME: some of them). `make pods` gives the compiler an allocator
 that suits it.
 """
@@ -28,7 +28,11 @@ CONFIGS = [
     for name, words in (('ucf101', ''), ('text_to_video', 'sd15,'), ('text_to_video', 'sd21,'))
     for stage in configs.STAGES
 ]
-SAMPLERS = (('text_to_video:sd21', 'v5e:1x1'), ('text_to_video:sd15', 'v5e:1x1'))
+SAMPLERS = tuple(
+    (f'text_to_video:{name}', place)
+    for name in ('sd21', 'sd15')
+    for place in ('v5e:1x1', 'v5p:1x1x1', 'v6e:1x1')
+)
 
 AGAIN = flags.DEFINE_bool('again', False, 'Make rows anew that are there already')
 ONLY = flags.DEFINE_string('only', '', 'Rows with this in their names, such as sd21,content')
@@ -80,21 +84,22 @@ def table(rows: dict) -> str:
         )
     lines += [
         '',
-        '| sampling | slice | video | networks | peak | of | compiled in |',
-        '|---|---|---|---|---|---|---|',
+        '| sampling | slice | video | networks | peak | of | TFLOP | at 40 % | compiled in |',
+        '|---|---|---|---|---|---|---|---|---|',
     ]
     for key, row in rows.items():
         if 'stage' in row:
             continue
         config, place = key.removeprefix('sampling ').split(' on ')
         if not row['fits']:
-            lines.append(f'| {config} | {place} | | does not fit | | | |')
+            lines.append(f'| {config} | {place} | | does not fit | | | | | |')
             continue
         seconds = sum(cost['seconds'] for cost in row['programs'].values())
         lines.append(
             f'| {config} | {place} | {" x ".join(map(str, row["size"]))} '
             f'| {compile_for.gigabytes(row["weights_bytes"])} '
             f'| {compile_for.gigabytes(row["peak"])} | {row["memory_bytes"] / 2**30:.0f} GiB '
+            f'| {sum(row["flops"].values()) / 1e12:.0f} | {row["seconds"]:.2g} s '
             f'| {seconds:.0f} s |'
         )
     return '\n'.join(lines)

@@ -5,8 +5,10 @@ import platform
 import time
 
 import jax
+import jax.numpy as jnp
 
 from cmd_jax.models import flops
+from cmd_jax.training import parts
 
 
 def measure(fn, *args, seconds: float = 2.0) -> dict:
@@ -25,9 +27,15 @@ def measure(fn, *args, seconds: float = 2.0) -> dict:
     }
 
 
-def matmul_peak(size: int = 4096, repeats: int = 5) -> float:
-    """GFLOP/s of a product of two float32 matrices."""
-    a = jax.random.normal(jax.random.key(0), (size, size))
+def dtype():
+    """What networks compute in on this device."""
+    return parts.compute_dtype('auto')
+
+
+def matmul_peak(size: int | None = None, repeats: int = 5, dtype=jnp.float32) -> float:
+    """GFLOP/s of a product of two matrices; `size`: 4,096 a side on CPUs, 8,192 elsewhere."""
+    size = size or (4096 if jax.default_backend() == 'cpu' else 8192)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a: a @ a)
     jax.block_until_ready(product(a))
     started = time.time()

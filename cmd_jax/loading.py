@@ -8,7 +8,7 @@ import jax
 
 from cmd_jax.errors import UserError
 from cmd_jax.generate import Generator
-from cmd_jax.models.layers import as_computed
+from cmd_jax.models.layers import in_compute_dtype
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.stable_diffusion import StableDiffusion
 from cmd_jax.training import config as configs
@@ -46,8 +46,10 @@ def load(
     mesh = make_mesh()
     found = {stage: trained.load(workdir, stage, mesh, stable_diffusion) for stage in stages}
     if not full_precision:
-        for stage in found.values():
-            as_computed(stage.network)
+        found = {
+            name: dataclasses.replace(stage, network=in_compute_dtype(stage.network))
+            for name, stage in found.items()
+        }
     there = found['autoencoder'].step
     for stage in set(found) - {'autoencoder'}:
         theirs = found[stage].autoencoder_step

@@ -6,7 +6,9 @@ what they compute in, pretrained ones in bfloat16.
 """
 
 import dataclasses
+import functools
 import json
+import typing
 from pathlib import Path
 
 import jax
@@ -15,7 +17,8 @@ from flax import nnx
 
 from cmd_jax import atomic, sampling, stable_diffusion
 from cmd_jax.errors import UserError, writable
-from cmd_jax.models.layers import as_computed
+from cmd_jax.models.flops import count
+from cmd_jax.models.layers import in_compute_dtype
 from cmd_jax.parallel import compile_only
 from cmd_jax.parallel.mesh import batch_sharding, batch_ways, make_mesh, replicated
 from cmd_jax.stable_diffusion import weights
@@ -35,6 +38,8 @@ class SamplerReport:
       size: [frames, height, width] of a video.
       weights_bytes: of all networks on a chip.
       memory_bytes: that a chip has.
+      chip_flops: its peak a second.
+      flops: {name: FLOPs of a program on all chips}, guidance included.
       programs: {name: compile_only.Cost}, None for one that does not fit.
     """
 
@@ -44,6 +49,8 @@ class SamplerReport:
     size: list[int]
     weights_bytes: int
     memory_bytes: float
+    chip_flops: float
+    flops: dict[str, float]
     programs: dict[str, compile_only.Cost | None]
 
     @property
@@ -58,9 +65,16 @@ class SamplerReport:
     def fits(self) -> bool:
         return self.peak is not None and self.peak <= self.memory_bytes
 
+    @property
+    def seconds(self) -> float:
+        """Of a batch, at UTILISATION of the chips' peak."""
+        rate = compile_only.UTILISATION * self.chip_flops * self.chips
+        return sum(self.flops.values()) / rate
+
     def row(self) -> dict:
         """For JSON."""
-        return dataclasses.asdict(self) | {'fits': self.fits, 'peak': self.peak}
+        told = {'fits': self.fits, 'peak': self.peak, 'seconds': self.seconds}
+        return dataclasses.asdict(self) | told
 
     def lines(self) -> str:
         """For people."""
@@ -72,10 +86,13 @@ class SamplerReport:
         for name, cost in self.programs.items():
             told = 'does not fit'
             if cost is not None:
-                told = f'work {gigabytes(cost.work)}, compiled in {cost.seconds:.0f} s'
+                told = f'{self.flops[name] / 1e12:.4g} TFLOP, work {gigabytes(cost.work)}, '
+                told += f'compiled in {cost.seconds:.0f} s'
             rows.append((name, told))
         if self.peak is not None:
             rows.append(('peak', f'{gigabytes(self.peak)} of {gigabytes(self.memory_bytes)}'))
+        share = f'at {compile_only.UTILISATION:.0%} of peak'
+        rows.append((share, f'{self.seconds:.3g} s a batch'))
         rows.append(('fits', 'yes' if self.fits else 'no'))
         title = f'sampling on {self.slice} ({self.chips} chips)'
         return '\n'.join([title] + [f'  {name:20} {value}' for name, value in rows])
@@ -132,11 +149,12 @@ def measure(
         )
     classes = known_classes(config) if classes is None else classes
     with jax.set_mesh(mesh):
-        networks, lowered = programs(config, classes, videos, mesh)
+        networks, called = calls(config, classes, videos, mesh)
+        flops = {name: call.flops() for name, call in called.items()}
         costs = {}
-        for name, program in lowered.items():
+        for name, call in called.items():
             try:
-                costs[name] = compile_only.compile_program(program, search)[1]
+                costs[name] = compile_only.compile_program(call.lower(), search)[1]
             except compile_only.DoesNotFit:
                 costs[name] = None
     data = config.data
@@ -147,17 +165,50 @@ def measure(
         size=[data.frames, data.height, data.width],
         weights_bytes=bytes_on_chip(networks),
         memory_bytes=place.chip.memory,
+        chip_flops=place.chip.flops,
+        flops=flops,
         programs=costs,
     )
 
 
-def programs(config: configs.Config, classes: int, videos: int, mesh) -> tuple[dict, dict]:
-    """(abstract networks, {name: lowered program}) of sampling."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A program with its arguments, shapes in the place of arrays.
+
+    Attributes:
+      program: jitted.
+      arrays: {argument: tree of shapes}.
+      static: the other arguments.
+    """
+
+    program: typing.Any
+    arrays: dict
+    static: dict
+
+    def lower(self):
+        """As `jax.jit(...).lower` gives it."""
+        return self.program.lower(**self.arrays, **self.static)
+
+    def flops(self) -> int:
+        """Floating-point operations of products."""
+        return count(functools.partial(self.program, **self.static), **self.arrays).flops
+
+
+def calls(
+    config: configs.Config, classes: int, videos: int, mesh
+) -> tuple[dict[str, nnx.Module], dict[str, Call]]:
+    """Abstract networks, and the calls that sampling consists of: 'content frame', 'motion latent'
+    and 'video', each with what it takes of the ones before.
+
+    Args:
+      classes: 0: none; captions count as none.
+      videos: at a time, on all devices of the mesh.
+    """
     text, source = config.condition == 'text', config.stable_diffusion.source
     dtype, batch = parts.compute_dtype('auto'), batch_sharding(mesh)
 
     def shaped(make):
-        return frozen.shaped(as_computed(nnx.eval_shape(lambda: make(nnx.Rngs(0)))), mesh)
+        return in_compute_dtype(frozen.shaped(nnx.eval_shape(lambda: make(nnx.Rngs(0))), mesh))
 
     def pretrained(where, part):
         sizes = stable_diffusion.arguments(where, part)
@@ -196,23 +247,40 @@ def programs(config: configs.Config, classes: int, videos: int, mesh) -> tuple[d
     statistics = jax.ShapeDtypeStruct((motion,), jnp.float32, sharding=replicated(mesh))
     latent = config.data.frames, autoencoder.motion_tokens, motion
     return networks, {
-        'content frame': sampling.content_program.lower(
-            networks['content'],
-            parts.make_process(config.content.process),
-            *(keys, given['content'], given['content'], frame),
-            sampling=chosen('content'),
-            **parts.content_sampling(config),
+        'content frame': Call(
+            sampling.content_program,
+            dict(
+                model=networks['content'],
+                keys=keys,
+                condition=given['content'],
+                null=given['content'],
+            ),
+            dict(
+                process=parts.make_process(config.content.process),
+                shape=frame,
+                sampling=chosen('content'),
+                **parts.content_sampling(config),
+            ),
         ),
-        'motion latent': sampling.motion_program.lower(
-            networks['motion'],
-            parts.make_process(config.motion.process),
-            *(keys, array(*frame), given['motion'], given['motion']),
-            dict.fromkeys(('mean', 'std'), statistics),
-            sampling=chosen('motion'),
-            content_noise=config.motion.content_noise,
+        'motion latent': Call(
+            sampling.motion_program,
+            dict(
+                model=networks['motion'],
+                keys=keys,
+                content=array(*frame),
+                condition=given['motion'],
+                null=given['motion'],
+                statistics=dict.fromkeys(('mean', 'std'), statistics),
+            ),
+            dict(
+                process=parts.make_process(config.motion.process),
+                sampling=chosen('motion'),
+                content_noise=config.motion.content_noise,
+            ),
         ),
-        'video': sampling.decode_program.lower(
-            *(autoencoder, vae, array(*frame), array(*latent)),
-            at_once=config.stable_diffusion.frames_at_once,
+        'video': Call(
+            sampling.decode_program,
+            dict(autoencoder=autoencoder, vae=vae, content=array(*frame), motion=array(*latent)),
+            dict(at_once=config.stable_diffusion.frames_at_once),
         ),
     }

@@ -17,6 +17,7 @@ from cmd_jax import stable_diffusion
 from cmd_jax.data.latent_records import Latents
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
+from cmd_jax.models.layers import in_compute_dtype
 from cmd_jax.parallel.mesh import param_sharding, replicated
 from cmd_jax.parallel.placement import fetch, put, put_batch
 from cmd_jax.stable_diffusion import weights
@@ -143,22 +144,6 @@ def place(module: nnx.Module, mesh) -> nnx.Module:
     graphdef, params = nnx.split(module, nnx.Param)
     params = nnx.to_pure_dict(params)
     return nnx.merge(graphdef, put(params, param_sharding(params, mesh)))
-
-
-def in_compute_dtype(network: nnx.Module) -> nnx.Module:
-    """The same network, its layers' kernels and biases in what they compute in: the results are the
-    same, at half the memory in bfloat16."""
-    network = nnx.merge(*nnx.split(network))
-    for _, module in nnx.iter_modules(network):
-        if not isinstance(module, nnx.Linear | nnx.Conv):
-            continue
-        for param in (module.kernel, module.bias):
-            x = None if param is None else param.get_value()
-            if isinstance(x, jax.ShapeDtypeStruct):
-                param.set_value(jax.ShapeDtypeStruct(x.shape, module.dtype, sharding=x.sharding))
-            elif x is not None:
-                param.set_value(x.astype(module.dtype))
-    return network
 
 
 def trained_autoencoder(config: configs.Config, workdir: Path, mesh) -> trained.Trained:
