@@ -26,7 +26,7 @@ ROUNDS = flags.DEFINE_integer('rounds', 3, 'Processes of each side', lower_bound
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed calls in a process', lower_bound=1)
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 
-AUTOENCODER, DIT = 'autoencoder forward + backward, 16 x 64 x 64', 'DiT-L/2 forward, 64 x 64'
+AUTOENCODER, DIT = 'autoencoder forward + backward, 16 x 48 x 48', 'DiT-L/2 forward, 64 x 64'
 UNET, UNET3D = 'SD 2.1 U-Net forward, 64 x 128', '3D U-Net forward, 16 x 64 x 128'
 # {case: sides}; the first is ours, and the targets are of it against the second.
 SIDES = {
@@ -62,10 +62,10 @@ def ours(case: str):
     if case == AUTOENCODER:
         network = nnx.eval_shape(
             lambda: VideoAutoencoder(
-                frames=16, height=64, width=64, remat='attention', dtype=dtype, rngs=nnx.Rngs(0)
+                frames=16, height=48, width=48, remat='attention', dtype=dtype, rngs=nnx.Rngs(0)
             )
         )
-        inputs = (shape(1, 16, 64, 64, 3),)
+        inputs = (shape(1, 16, 48, 48, 3),)
     elif case == DIT:
         network = nnx.eval_shape(
             lambda: ContentDiT(
@@ -111,7 +111,7 @@ def theirs(case: str, side: str):
 
         one, text = torch.tensor([500]), torch.randn(1, 77, 1024)
         if case == AUTOENCODER:
-            return VideoAutoencoder(side == 'fused'), (torch.rand(1, 16, 64, 64, 3) * 2 - 1,)
+            return VideoAutoencoder(side == 'fused'), (torch.rand(1, 16, 48, 48, 3) * 2 - 1,)
         if case == DIT:
             model = diffusers.DiTTransformer2DModel(
                 num_attention_heads=16,
@@ -149,8 +149,8 @@ def theirs(case: str, side: str):
     counter = FlopCounterMode(display=False)
     with torch.device('meta'):
         meta, nothing = make()
-    with counter:
-        call(meta, nothing)
+        with counter:
+            call(meta, nothing)
     if gpu:
         model = model.to('cuda', torch.bfloat16)
         inputs = [x.to('cuda', torch.bfloat16 if x.is_floating_point() else None) for x in inputs]

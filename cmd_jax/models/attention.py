@@ -201,7 +201,9 @@ def _blockwise(q, k, v):
 
 
 def _blockwise_forward(q, k, v):
-    (out, lse), _ = _over_blocks(_forward_block, (q,), (k, v), (q.shape[-1], 1), ())
+    (out, lse), _ = _over_blocks(
+        _forward_keys, _forward_block, (q,), (k, v), (q.shape[-1], 1), ()
+    )
     # Named, so that a remat policy can keep what spares the backward pass a second forward pass.
     out, lse = checkpoint_name(out.astype(q.dtype), 'attention'), checkpoint_name(lse, 'attention')
     return out, (q, k, v, out, lse)
@@ -210,7 +212,9 @@ def _blockwise_forward(q, k, v):
 def _blockwise_backward(residuals, grad):
     q, k, v, out, lse = residuals
     d = q.shape[-1]
-    (dq,), (dk, dv) = _over_blocks(_backward_block, (q, out, lse, grad), (k, v), (d,), (d, d))
+    (dq,), (dk, dv) = _over_blocks(
+        _backward_keys, _backward_block, (q, out, lse, grad), (k, v), (d,), (d, d)
+    )
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -221,16 +225,24 @@ def _transpose(x):
     return x.swapaxes(-1, -2)
 
 
+def _forward_keys(k, v):
+    return _transpose(k), v
+
+
 def _forward_block(q, k, v):
-    """[g n d], [g m d], [g m d] -> the output [g n d] and the logsumexp of the scores [g n 1]."""
-    scores = (q * q.shape[-1] ** -0.5) @ _transpose(k)
+    """[g n d], [g d m], [g m d] -> the output [g n d] and the logsumexp of the scores [g n 1]."""
+    scores = (q * q.shape[-1] ** -0.5) @ k
     highest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     total = weights.sum(-1, keepdims=True)
     return (weights @ v) / total, highest + jnp.log(total)
 
 
-def _backward_block(q, out, lse, grad, k, v):
+def _backward_keys(k, v):
+    return k, _transpose(k * k.shape[-1] ** -0.5), v
+
+
+def _backward_block(q, out, lse, grad, k, scaled, v):
     """The gradients of q, k, v, by the equations of Dao et al. 2022, appendix B.
 
     Scores are held transposed, [g m n]: so none of the five products contracts the first axis of a
@@ -242,15 +254,16 @@ def _backward_block(q, out, lse, grad, k, v):
     delta = barrier(_transpose((out * grad).sum(-1, keepdims=True)))
     weights = jnp.exp(barrier(k @ _transpose(q * scale)) - _transpose(lse))
     dscores = weights * (barrier(v @ _transpose(grad)) - delta)
-    dq = barrier(barrier(_transpose(k * scale)) @ dscores)
+    dq = barrier(scaled @ dscores)
     return _transpose(dq), dscores @ (q * scale), weights @ grad
 
 
-def _over_blocks(compute, by_query, by_key, query_widths, key_widths):
+def _over_blocks(prepare, compute, by_query, by_key, query_widths, key_widths):
     """Runs `compute` over blocks of [b n h *] (by_query) and [b m h *] (by_key) arrays.
 
-    `compute` gets [g rows *] and [g m *] parts in float32 (or more) and returns such parts: as many
-    as there are query_widths, then key_widths. Returns the whole arrays in two lists; what several
+    `compute` gets [g rows *] parts and what `prepare` makes of [g m *] parts, once for all rows, in
+    float32 (or more). It returns as many [g rows *] parts as there are query_widths, then as many
+    [g m *] parts as there are key_widths. Returns the whole arrays in two lists; what several
     blocks of rows give for one key is added up.
     """
     b, n, h, _ = by_query[0].shape
@@ -261,39 +274,49 @@ def _over_blocks(compute, by_query, by_key, query_widths, key_widths):
     # Rows of zeros (their gradients too) add nothing to the sums over rows.
     padding = ((0, 0), (0, row_blocks * rows - n), (0, 0), (0, 0))
     by_query = [jnp.pad(x, padding) for x in by_query]
+    # The barriers keep the reshuffles out of the matrix products and of the loops around them.
+    barrier = lax.optimization_barrier
+
+    def part(x, at, length):
+        x = lax.dynamic_slice(x, at, (batch, length, heads, x.shape[-1]))
+        return rearrange(x, 'b n h d -> (b h) n d').astype(dtype)
+
+    def update(x, new, at):
+        return lax.dynamic_update_slice(x, rearrange(new, '(b h) n d -> b n h d', b=batch), at)
 
     def step(results, i):
-        group, row = i // row_blocks, i % row_blocks
-        first, head = group // (h // heads) * batch, group % (h // heads) * heads
-        at_query, at_key = (first, row * rows, head, 0), (first, 0, head, 0)
+        first, head = i // (h // heads) * batch, i % (h // heads) * heads
+        keys = barrier([part(x, (first, 0, head, 0), m) for x in by_key])
+        keys = barrier(prepare(*keys))
 
-        def part(x, at, length):
-            x = lax.dynamic_slice(x, at, (batch, length, heads, x.shape[-1]))
-            return rearrange(x, 'b n h d -> (b h) n d').astype(dtype)
+        def of_rows(query_results, row):
+            at = (first, row * rows, head, 0)
+            parts = barrier([part(x, at, rows) for x in by_query])
+            new = barrier(compute(*parts, *keys))
+            query_new, key_new = new[: len(query_widths)], new[len(query_widths) :]
+            return [update(x, new, at) for x, new in zip(query_results, query_new)], key_new
 
-        # The barriers keep the reshuffles out of the matrix products and of the loops around them.
-        parts = [part(x, at_query, rows) for x in by_query] + [part(x, at_key, m) for x in by_key]
-        new = lax.optimization_barrier(compute(*lax.optimization_barrier(parts)))
-        new = [rearrange(x, '(b h) n d -> b n h d', b=batch) for x in new]
-        query_new, key_new = new[: len(query_widths)], new[len(query_widths) :]
-        if row_blocks > 1:
-            old = [lax.dynamic_slice(x, at_key, new.shape) for x, new in zip(results[1], key_new)]
-            key_new = [x + new for x, new in zip(old, key_new)]
-        update = lax.dynamic_update_slice
-        query_results = [update(x, new, at_query) for x, new in zip(results[0], query_new)]
-        return (
-            query_results,
-            [update(x, new, at_key) for x, new in zip(results[1], key_new)],
-        ), None
+        def more_rows(carry, row):
+            query_results, key_new = of_rows(carry[0], row)
+            return (query_results, [x + new for x, new in zip(carry[1], key_new)]), None
+
+        if row_blocks == 1:
+            query_results, sums = of_rows(results[0], 0)
+        else:
+            sums = [jnp.full((batch * heads, m, width), zero) for width in key_widths]
+            numbers = jnp.arange(row_blocks) + zero.astype(int)
+            (query_results, sums), _ = lax.scan(more_rows, (results[0], sums), numbers)
+        at = (first, 0, head, 0)
+        return (query_results, [update(x, new, at) for x, new in zip(results[1], sums)]), None
 
     # A zero that depends on the inputs: from a plain one a remat around would compute the empty
     # results and all positions ahead, and keep them.
-    zero, _ = lax.optimization_barrier((jnp.zeros((), dtype), by_query))
+    zero, _ = barrier((jnp.zeros((), dtype), by_query))
     empty = (
         [jnp.full((b, row_blocks * rows, h, width), zero) for width in query_widths],
         [jnp.full((b, m, h, width), zero) for width in key_widths],
     )
-    steps = jnp.arange((b // batch) * (h // heads) * row_blocks) + zero.astype(int)
+    steps = jnp.arange((b // batch) * (h // heads)) + zero.astype(int)
     (by_query, by_key), _ = lax.scan(step, empty, steps)
     return [x[:, :n] for x in by_query], by_key
 
