@@ -2,11 +2,12 @@
 
     python -m benchmarks.baseline [--out=benchmarks/results/baseline_cpu.json]
 
-Needs requirements-parity.txt. Each side of a case runs in a process of its own, in turn, so that
-its memory is its own and what else the machine does is shared: --rounds of each, each the median of
---repeats calls; the median round is told. float32 on CPUs, on as many threads as there are cores;
-bfloat16 on a GPU. Random weights. 'plain' is attention by matrix products and a softmax, as in the
-authors' release; 'fused' PyTorch's own.
+Needs requirements-parity.txt. Ours and another side of a case are each a process of its own, whose
+memory is its own, and are called in turn, --repeats times each: so what else the machine does falls
+on both, and what is told of two is the median of their ratios. float32 on CPUs, on as many threads
+as there are cores; bfloat16 on a GPU. Random weights. 'plain' is attention by matrix products and a
+softmax, as in the authors' release; 'fused' PyTorch's own; 'compiled', on a GPU, torch.compile.
+'ours, wide' keeps more for the backward pass.
 """
 
 import json
@@ -16,29 +17,30 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 from absl import app, flags
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 SIDE = flags.DEFINE_string('side', None, 'The side of it')
 ONLY = flags.DEFINE_string('only', '', 'Cases with this in their names')
-ROUNDS = flags.DEFINE_integer('rounds', 3, 'Processes of each side', lower_bound=1)
-REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed calls in a process', lower_bound=1)
+REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed calls of each side', lower_bound=1)
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 
 AUTOENCODER, DIT = 'autoencoder forward + backward, 16 x 48 x 48', 'DiT-L/2 forward, 64 x 64'
 UNET, UNET3D = 'SD 2.1 U-Net forward, 64 x 128', '3D U-Net forward, 16 x 64 x 128'
-# {case: sides}; the first is ours, and the targets are of it against the second.
-SIDES = {
-    AUTOENCODER: ('ours', 'plain', 'fused'),
-    DIT: ('ours', 'diffusers'),
-    UNET: ('ours', 'diffusers'),
-    UNET3D: ('diffusers',),
+OURS, WIDE = 'ours', 'ours, wide'
+# {case: the pairs of sides that run together}; targets are of ours against the first of the others.
+PAIRS = {
+    AUTOENCODER: ((OURS, 'plain'), (OURS, 'fused'), (WIDE, 'plain')),
+    DIT: ((OURS, 'diffusers'),),
+    UNET: ((OURS, 'diffusers'),),
+    UNET3D: (('diffusers',),),
 }
 TARGETS = {AUTOENCODER: {'seconds': 0.8, 'gb': 0.4}, DIT: {'seconds': 1.0}, UNET: {'seconds': 1.0}}
 
 
-def ours(case: str):
+def ours(case: str, side: str = OURS):
     """A call without arguments, and its multiply-adds in T."""
     import jax
     import jax.numpy as jnp
@@ -62,7 +64,12 @@ def ours(case: str):
     if case == AUTOENCODER:
         network = nnx.eval_shape(
             lambda: VideoAutoencoder(
-                frames=16, height=48, width=48, remat='attention', dtype=dtype, rngs=nnx.Rngs(0)
+                frames=16,
+                height=48,
+                width=48,
+                remat='attention' if side == OURS else 'mlp',
+                dtype=dtype,
+                rngs=nnx.Rngs(0),
             )
         )
         inputs = (shape(1, 16, 48, 48, 3),)
@@ -165,25 +172,76 @@ def theirs(case: str, side: str):
     return run, counter.get_total_flops() / 2e12
 
 
-def measure(case: str, side: str) -> dict:
-    """Seconds of a call, and the most that this process held."""
-    run, adds = ours(case) if side == 'ours' else theirs(case, side)
-    times = []
-    for _ in range(REPEATS.value + 1):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return {
-        'seconds': statistics.median(times[1:]),
-        'first_seconds': times[0],
-        'gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        'tera_multiply_adds': adds,
-    }
+def work(case: str, side: str) -> None:
+    """One side's process: a call for each line that comes in, a line of JSON for each that goes
+    out: what the first call took, the later ones, and at the end the most that was held."""
+    run, adds = (ours if side.startswith(OURS) else theirs)(case, side)
+    tell({'first_seconds': timed(run), 'tera_multiply_adds': adds})
+    for _ in sys.stdin:
+        tell({'seconds': timed(run)})
+    tell({'gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6})
+
+
+def timed(run: Callable) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def tell(what: dict) -> None:
+    print(json.dumps(what), flush=True)
+
+
+class Side:
+    """The other end of `work`."""
+
+    def __init__(self, case: str, name: str):
+        command = [sys.executable, '-m', 'benchmarks.baseline', f'--case={case}', f'--side={name}']
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name, self.process, self.times = name, subprocess.Popen(command, **pipes), []
+        self.told = self.read()
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f'{self.name} ended with {self.process.wait()}: its error is above')
+        return json.loads(line)
+
+    def call(self) -> None:
+        self.process.stdin.write('\n')
+        self.process.stdin.flush()
+        self.times.append(self.read()['seconds'])
+
+    def row(self) -> dict:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.told |= self.read()
+        self.process.wait()
+        spread = [min(self.times), max(self.times)]
+        return {'seconds': statistics.median(self.times), 'seconds_spread': spread} | self.told
+
+
+def compare(case: str, names: tuple[str, ...]) -> list[dict]:
+    """A row for each of these sides, called in turn; ratios in those behind the first."""
+    sides = [Side(case, name) for name in names]
+    for _ in range(REPEATS.value):
+        for side in sides:
+            side.call()
+    rows = [{'case': case, 'side': side.name} | side.row() for side in sides]
+    for side, row in zip(sides[1:], rows[1:]):
+        ratios = [a / b for a, b in zip(sides[0].times, side.times)]
+        row |= {
+            'against': names[0],
+            'seconds_ratio': statistics.median(ratios),
+            'seconds_ratio_spread': [min(ratios), max(ratios)],
+            'gb_ratio': rows[0]['gb'] / row['gb'],
+        }
+    return rows
 
 
 def main(_):
     if CASE.value:
-        print(json.dumps(measure(CASE.value, SIDE.value)))
+        work(CASE.value, SIDE.value)
         return
     # Behind the branch above: PyTorch's processes do without JAX.
     import torch
@@ -192,41 +250,19 @@ def main(_):
     from cmd_jax import atomic
 
     rows = []
-    about = timing.machine() | {'torch': torch.__version__}
-    for case, sides in SIDES.items():
+    about = timing.machine() | {'torch': torch.__version__, 'repeats': REPEATS.value}
+    for case, pairs in PAIRS.items():
         if ONLY.value not in case:
             continue
         if torch.cuda.is_available():
-            sides += ('compiled',)
-        found = {side: [] for side in sides}
-        for _ in range(ROUNDS.value):
-            for side in sides:
-                command = [sys.executable, '-m', 'benchmarks.baseline', f'--case={case}']
-                command += [f'--side={side}', f'--repeats={REPEATS.value}']
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found[side].append(json.loads(done.stdout.splitlines()[-1]))
-        for side in sides:
-            rows.append({'case': case, 'side': side} | merged(found[side]))
-            if side != sides[0]:
-                rows[-1] |= ratios(found[sides[0]], found[side])
-            print(line(rows[-1]), flush=True)
+            others = (pairs[0][:1] if pairs[0][0] == OURS else ()) + ('compiled',)
+            pairs += (others,)
+        for names in pairs:
+            for row in compare(case, names):
+                rows.append(row)
+                print(line(row), flush=True)
         if OUT.value:
             atomic.write(OUT.value, json.dumps(about | {'rows': rows}, indent=1) + '\n')
-
-
-def merged(rounds: list[dict]) -> dict:
-    """Medians of the rounds, and the spread of their times."""
-    row = {name: statistics.median(x[name] for x in rounds) for name in rounds[0]}
-    times = [x['seconds'] for x in rounds]
-    return row | {'seconds_spread': [min(times), max(times)]}
-
-
-def ratios(mine: list[dict], others: list[dict]) -> dict:
-    """Ours to theirs, round by round: the median."""
-    return {
-        f'{name}_ratio': statistics.median(a[name] / b[name] for a, b in zip(mine, others))
-        for name in ('seconds', 'gb')
-    }
 
 
 def line(row: dict) -> str:
@@ -235,7 +271,9 @@ def line(row: dict) -> str:
     told = f'{row["case"]:46} {row["side"]:10} {row["seconds"]:7.2f} s ({low:.2f} to {high:.2f})  '
     told += f'{row["gb"]:5.2f} GB  {row["tera_multiply_adds"]:6.2f} T multiply-adds'
     if 'seconds_ratio' in row:
-        told += f'   ours / theirs: time {row["seconds_ratio"]:.2f}, memory {row["gb_ratio"]:.2f}'
+        low, high = row['seconds_ratio_spread']
+        told += f'   {row["against"]} / {row["side"]}: time {row["seconds_ratio"]:.2f}'
+        told += f' ({low:.2f} to {high:.2f}), memory {row["gb_ratio"]:.2f}'
         target = TARGETS.get(row['case'], {}) if row['side'] in ('plain', 'diffusers') else {}
         told += ''.join(f', target {name} <= {x}' for name, x in target.items())
     return told
