@@ -15,7 +15,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart text test lint format parity smoke benchmark pods clean
+.PHONY: help quickstart text test lint format parity smoke benchmark baseline pods clean
 
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,13 +52,16 @@ smoke: $(STAMPS)/requirements.txt $(STAMPS)/requirements-weights.txt $(CLIPS)/co
 
 # Buffers of gigabytes are kept by the process rather than taken anew in each step. For these
 # networks alone: small ones, which take many small buffers in several threads, are slower so.
-benchmark: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
+benchmark baseline: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.stable_diffusion
 	$(BIN)/python -m benchmarks.data
+
+baseline: $(STAMPS)/requirements-parity.txt  ## Our networks beside PyTorch's and diffusers' on this machine.
+	$(BIN)/python -m benchmarks.baseline
 
 pods: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=2000:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 pods: $(STAMPS)/requirements-tpu-compile.txt  ## What training costs on TPU slices, by their compiler: less than an hour for all configs.

@@ -7,11 +7,9 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """`fused`: PyTorch's own attention in one call, else by matrix products and a softmax."""
-
-    def __init__(self, dim: int, heads: int, fused: bool):
+    def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads, self.fused = heads, fused
+        self.heads = heads
         self.norm = nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
@@ -21,11 +19,7 @@ class Attention(nn.Module):
             for a in self.qkv(self.norm(x)).chunk(3, -1)
         )
         q, k = rotated(q, turn), rotated(k, turn)
-        if self.fused:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-            out = scores.softmax(-1) @ v
+        out = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
         return x + self.out(rearrange(out, 'b h n d -> b n (h d)'))
 
 
@@ -42,9 +36,9 @@ def turns(count: int, width: int):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, fused: bool):
+    def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.time, self.space = Attention(dim, heads, fused), Attention(dim, heads, fused)
+        self.time, self.space = Attention(dim, heads), Attention(dim, heads)
         self.norm = nn.LayerNorm(dim)
         self.up, self.down = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
 
@@ -58,10 +52,10 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, dim: int, depth: int, heads: int, fused: bool):
+    def __init__(self, dim: int, depth: int, heads: int):
         super().__init__()
         self.width = dim // heads // 2
-        self.blocks = nn.ModuleList(Block(dim, heads, fused) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
 
     def forward(self, x):
         _, t, h, w, _ = x.shape
@@ -75,16 +69,16 @@ class Backbone(nn.Module):
 class VideoAutoencoder(nn.Module):
     """Pixels [b t h w 3] to their reconstruction; sizes of the paper."""
 
-    def __init__(self, fused: bool, patch=2, dim=384, depth=8, heads=8, motion_channels=8):
+    def __init__(self, patch=2, dim=384, depth=8, heads=8, motion_channels=8):
         super().__init__()
         pixels, self.patch = 3 * patch**2, patch
         self.patch_embed = nn.Linear(pixels, dim)
-        self.encoder = Backbone(dim, depth, heads, fused)
+        self.encoder = Backbone(dim, depth, heads)
         self.importance = nn.Linear(dim, pixels)
         self.across, self.down = (nn.Linear(dim, motion_channels) for _ in range(2))
         self.content_embed = nn.Linear(pixels, dim)
         self.across_embed, self.down_embed = (nn.Linear(motion_channels, dim) for _ in range(2))
-        self.decoder = Backbone(dim, depth, heads, fused)
+        self.decoder = Backbone(dim, depth, heads)
         self.output = nn.Linear(dim, pixels)
 
     def patches(self, x):

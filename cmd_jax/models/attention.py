@@ -201,9 +201,7 @@ def _blockwise(q, k, v):
 
 
 def _blockwise_forward(q, k, v):
-    (out, lse), _ = _over_blocks(
-        _forward_keys, _forward_block, (q,), (k, v), (q.shape[-1], 1), ()
-    )
+    (out, lse), _ = _over_blocks(_forward_keys, _forward_block, (q,), (k, v), (q.shape[-1], 1), ())
     # Named, so that a remat policy can keep what spares the backward pass a second forward pass.
     out, lse = checkpoint_name(out.astype(q.dtype), 'attention'), checkpoint_name(lse, 'attention')
     return out, (q, k, v, out, lse)
