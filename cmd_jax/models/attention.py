@@ -284,15 +284,15 @@ def _over_blocks(prepare, compute, by_query, by_key, query_widths, key_widths):
 
     def step(results, i):
         first, head = i // (h // heads) * batch, i % (h // heads) * heads
-        keys = barrier([part(x, (first, 0, head, 0), m) for x in by_key])
-        keys = barrier(prepare(*keys))
+        at_key = (first, 0, head, 0)
+        keys = barrier(prepare(*barrier([part(x, at_key, m) for x in by_key])))
 
         def of_rows(query_results, row):
-            at = (first, row * rows, head, 0)
-            parts = barrier([part(x, at, rows) for x in by_query])
+            at_query = (first, row * rows, head, 0)
+            parts = barrier([part(x, at_query, rows) for x in by_query])
             new = barrier(compute(*parts, *keys))
             query_new, key_new = new[: len(query_widths)], new[len(query_widths) :]
-            return [update(x, new, at) for x, new in zip(query_results, query_new)], key_new
+            return [update(x, new, at_query) for x, new in zip(query_results, query_new)], key_new
 
         def more_rows(carry, row):
             query_results, key_new = of_rows(carry[0], row)
@@ -304,8 +304,7 @@ def _over_blocks(prepare, compute, by_query, by_key, query_widths, key_widths):
             sums = [jnp.full((batch * heads, m, width), zero) for width in key_widths]
             numbers = jnp.arange(row_blocks) + zero.astype(int)
             (query_results, sums), _ = lax.scan(more_rows, (results[0], sums), numbers)
-        at = (first, 0, head, 0)
-        return (query_results, [update(x, new, at) for x, new in zip(results[1], sums)]), None
+        return (query_results, [update(x, new, at_key) for x, new in zip(results[1], sums)]), None
 
     # A zero that depends on the inputs: from a plain one a remat around would compute the empty
     # results and all positions ahead, and keep them.
