@@ -2,12 +2,12 @@
 
 import pytest
 
+from benchmarks import networks
+
 pytestmark = pytest.mark.parity
 
 
 def test_the_autoencoders_have_the_same_products():
-    from benchmarks import baseline
-
-    ours = baseline.ours(baseline.AUTOENCODER)[1]
-    theirs = baseline.theirs(baseline.AUTOENCODER, 'plain')[1]
+    ours = networks.ours(networks.AUTOENCODER)[1]
+    theirs = networks.theirs(networks.AUTOENCODER, 'plain')[1]
     assert ours == pytest.approx(theirs, rel=0.005)

@@ -1,0 +1,143 @@
+"""The networks that benchmarks/baseline.py compares: calls of ours and of PyTorch's.
+
+Neither side imports the other's framework.
+"""
+
+import os
+
+# 48 and not the paper's 64, at which plain PyTorch was killed for memory on a machine with 24 GB.
+AUTOENCODER, DIT = 'autoencoder forward + backward, 16 x 48 x 48', 'DiT-L/2 forward, 64 x 64'
+UNET, UNET3D = 'SD 2.1 U-Net forward, 64 x 128', '3D U-Net forward, 16 x 64 x 128'
+OURS, WIDE = 'ours', 'ours, wide'
+
+
+def ours(case: str, side: str = OURS):
+    """A call without arguments, and its multiply-adds in T."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from benchmarks import filled
+    from cmd_jax import stable_diffusion
+    from cmd_jax.models import flops
+    from cmd_jax.models.autoencoder import VideoAutoencoder
+    from cmd_jax.models.content import ContentDiT
+    from cmd_jax.models.dit import SIZES
+    from cmd_jax.stable_diffusion import UNet, weights
+    from cmd_jax.training import parts
+
+    dtype = parts.compute_dtype('auto')
+    t = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    if case == AUTOENCODER:
+        network = nnx.eval_shape(
+            lambda: VideoAutoencoder(
+                frames=16,
+                height=48,
+                width=48,
+                remat='attention' if side == OURS else 'mlp',
+                dtype=dtype,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        inputs = (shape(1, 16, 48, 48, 3),)
+    elif case == DIT:
+        network = nnx.eval_shape(
+            lambda: ContentDiT(
+                height=64, width=64, num_classes=101, **SIZES['L'], dtype=dtype, rngs=nnx.Rngs(0)
+            )
+        )
+        inputs = (shape(1, 64, 64, 3), t, jax.ShapeDtypeStruct((1,), jnp.int32))
+    else:
+        sizes = stable_diffusion.arguments('sd21', 'unet')
+        network = weights.abstract(UNet, **sizes, dtype=dtype)
+        inputs = (shape(1, 64, 128, 4), t, shape(1, 77, 1024))
+    graphdef, params = nnx.split(network, nnx.Param)
+
+    def forward(params, *inputs):
+        return nnx.merge(graphdef, params)(*inputs)
+
+    def loss(params, video):
+        return jnp.abs(forward(params, video) - video).mean()
+
+    run = jax.jit(jax.value_and_grad(loss) if case == AUTOENCODER else forward)
+    adds = flops.count(forward, params, *inputs).total * (3 if case == AUTOENCODER else 1)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), (params, *inputs)
+    )
+    arrays = filled.fill(placed)
+    return lambda: jax.block_until_ready(run(*arrays)), adds / 1e12
+
+
+def theirs(case: str, side: str):
+    """The same for PyTorch."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    gpu = torch.cuda.is_available()
+    torch.set_num_threads(os.cpu_count())
+    torch.manual_seed(0)
+
+    def make():
+        import diffusers
+
+        from benchmarks.torch_autoencoder import VideoAutoencoder
+
+        one, text = torch.tensor([500]), torch.randn(1, 77, 1024)
+        if case == AUTOENCODER:
+            return VideoAutoencoder(), (torch.rand(1, 16, 48, 48, 3) * 2 - 1,)
+        if case == DIT:
+            model = diffusers.DiTTransformer2DModel(
+                num_attention_heads=16,
+                attention_head_dim=64,
+                in_channels=3,
+                out_channels=6,
+                num_layers=24,
+                sample_size=64,
+                patch_size=2,
+                num_embeds_ada_norm=101,
+                norm_eps=1e-6,
+            )
+            return model, (torch.randn(1, 3, 64, 64), one, torch.tensor([3]))
+        if case == UNET:
+            model = diffusers.UNet2DConditionModel(
+                sample_size=64,
+                cross_attention_dim=1024,
+                attention_head_dim=(5, 10, 20, 20),
+                use_linear_projection=True,
+            )
+            return model, (torch.randn(1, 4, 64, 128), one, text)
+        # ModelScope's sizes are the defaults.
+        return diffusers.UNet3DConditionModel(), (torch.randn(1, 4, 16, 64, 128), one, text)
+
+    def call(model, inputs):
+        if case != AUTOENCODER:
+            with torch.inference_mode():
+                return model(*inputs)
+        model.zero_grad()
+        loss = (model(*inputs) - inputs[0]).abs().mean()
+        loss.backward()
+        return loss
+
+    model, inputs = make()
+    counter = FlopCounterMode(display=False)
+    with torch.device('meta'):
+        meta, nothing = make()
+        with counter:
+            call(meta, nothing)
+    if gpu:
+        model = model.to('cuda', torch.bfloat16)
+        inputs = [x.to('cuda', torch.bfloat16 if x.is_floating_point() else None) for x in inputs]
+        if side == 'compiled':
+            model = torch.compile(model)
+
+    def run():
+        call(model, inputs)
+        if gpu:
+            torch.cuda.synchronize()
+
+    return run, counter.get_total_flops() / 2e12
