@@ -24,6 +24,7 @@ from tests.test_distributed import clean, environment, free_port
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
 SOURCE = 'moving_digits:16'  # an epoch is two batches
+HUNG = 900  # seconds after which processes are given up: no measure of speed, machines may be busy
 # At a constant rate the curve does not depend on how long it is to become.
 TRAIN = dict(schedule='constant', save_every=STEPS // 2, keep_checkpoints=3, preview_every=0)
 
@@ -84,9 +85,9 @@ class Processes:
             one.kill()
             one.wait()
 
-    def end(self, timeout: float = 240) -> tuple[list[int], list[str]]:
+    def end(self) -> tuple[list[int], list[str]]:
         """Exit codes, and what was said on stderr."""
-        stop = time.monotonic() + timeout
+        stop = time.monotonic() + HUNG
         codes = [one.wait(max(0.1, stop - time.monotonic())) for one in self.all]
         return codes, [clean((self.folder / f'{i}.err').read_text()) for i in range(len(codes))]
 
@@ -196,7 +197,8 @@ def test_other_processes_go_on(whole, two, stage, count, devices, mesh, tmp_path
 def wait_for(workdir, stage: str, steps: int, started: Processes):
     """Waits until so many steps are told of."""
     path = workdir / stage / 'metrics.jsonl'
-    for _ in range(4000):
+    stop = time.monotonic() + HUNG
+    while time.monotonic() < stop:
         if path.exists() and len(path.read_text().splitlines()) >= steps:
             return
         assert all(one.poll() is None for one in started.all), started.end()
@@ -244,7 +246,7 @@ def test_an_error_of_one_ends_all(late, tmp_path):
         options = dict(WATCHED_FAIL='1:2')
     with training(long, tmp_path / 'run', tmp_path / 'logs', 2, 2, **options) as started:
         first, second = started.all
-        assert second.wait(120) == 2
+        assert second.wait(HUNG) == 2
         begun = time.monotonic()
         assert first.wait(30) == 2 and time.monotonic() - begun < 10
         _, errs = started.end()
@@ -261,7 +263,8 @@ def test_text(small_pipeline, tmp_path):
     steps = {f'{stage}__train__steps': 2 for stage in configs.STAGES}
     one, run = tmp_path / 'one', tmp_path / 'run'
     given = tiny.text_tree(small_pipeline, data__source=SOURCE, **steps)
-    loop.train(configs.parse(given), one)
+    # With one device: with eight, the U-Net's many arrays are eight times as many to be saved.
+    train(given, one, tmp_path / 'one_logs', 1, 1)
     shutil.copytree(one / 'autoencoder', run / 'autoencoder')
     train(given, run, tmp_path / 'logs', 2, 2)
     for stage in ('content', 'motion'):
