@@ -6,7 +6,8 @@ from flax import nnx
 
 import cmd_jax
 from cmd_jax.models import dit, flops
-from cmd_jax.models.layers import REMAT, patchify, rotary, unpatchify
+from cmd_jax.models.layers import REMAT, patchify, rotary, stack, unpatchify
+from cmd_jax.models.rngs import make_rngs
 
 
 def small(**kwargs):
@@ -33,6 +34,24 @@ def shapes_of(make):
 
 def parameters(make):
     return sum(x.size for x in jax.tree.leaves(shapes_of(make)))
+
+
+@pytest.mark.parametrize('traced', [False, True])
+def test_rngs_are_those_of_flax(traced):
+    """One by one, in stacks, and behind stacks."""
+
+    def parameters(make, seed):
+        rngs, key = make(seed), jax.random.key(seed)
+        layers = [nnx.Linear(2, 3, rngs=rngs) for _ in range(2)]
+        layers.append(stack(lambda rngs: nnx.Linear(2, 3, rngs=rngs), 3, rngs))
+        layers += [nnx.Linear(2, 3, rngs=rngs), nnx.Linear(2, 3, rngs=make(key))]
+        return [layer.kernel.get_value() for layer in layers]
+
+    run = jax.jit(parameters, static_argnums=(0, 1)) if traced else parameters
+    found, expected = run(make_rngs, 3), run(nnx.Rngs, 3)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert len({float(x.sum()) for x in found[:4]}) == 4
 
 
 # --- Parameter counts of the paper -------------------------------------------------------------

@@ -15,6 +15,7 @@ from flax import nnx
 from cmd_jax.errors import UserError, writable
 from cmd_jax.interop import torch_dicts
 from cmd_jax.interop.files import NAMES, read_state_dict
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import make_mesh, replicated
 from cmd_jax.training import config as configs
 from cmd_jax.training import state as states
@@ -222,7 +223,7 @@ def read_params(
     stage: str, config: configs.Config, classes: int, state_dict: torch_dicts.StateDict
 ) -> dict:
     """The arrays of the run's network of a stage, on the host."""
-    network = nnx.eval_shape(lambda: make_network(stage, config, classes, nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: make_network(stage, config, classes, make_rngs(0)))
     check_fit(stage, config, network, state_dict)
     model = getattr(config, stage).model
     if stage == 'autoencoder':

@@ -10,6 +10,7 @@ from flax import nnx
 from cmd_jax.errors import UserError
 from cmd_jax.interop import torch_dicts
 from cmd_jax.models.content import ContentDiT
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import path_name
 
 
@@ -46,7 +47,7 @@ def dit_start(
     def make():
         # One row of patches: the table of positions is as long in any arrangement.
         sizes = dict(height=patch, width=patch * positions, num_classes=classes)
-        return ContentDiT(**settings, **sizes, rngs=nnx.Rngs(0))
+        return ContentDiT(**settings, **sizes, rngs=make_rngs(0))
 
     params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
     table = torch_dicts.content_table(settings['heads'])

@@ -20,6 +20,7 @@ from cmd_jax.models.autoencoder import VideoAutoencoder
 from cmd_jax.models.content import ContentDiT
 from cmd_jax.models.dit import SIZES
 from cmd_jax.models.motion import MotionDiT
+from cmd_jax.models.rngs import make_rngs
 
 LISTED = 10  # names in an error message
 HEADS = 8  # of the authors' autoencoder, whatever its width
@@ -111,7 +112,7 @@ def load_nvlabs_autoencoder(
     settings |= dict(frames=frames, height=height, width=width, position='none', output=output)
 
     def make():
-        return VideoAutoencoder(**settings, dtype=dtype, rngs=nnx.Rngs(0))
+        return VideoAutoencoder(**settings, dtype=dtype, rngs=make_rngs(0))
 
     return build(make, state_dict, autoencoder_table(settings['patch']), 'autoencoder')
 
@@ -258,7 +259,7 @@ def load_nvlabs_motion_dit(
     )
 
     def make():
-        return MotionDiT(**settings, dtype=dtype, rngs=nnx.Rngs(0))
+        return MotionDiT(**settings, dtype=dtype, rngs=make_rngs(0))
 
     return build(make, state_dict, motion_table(settings['heads']), 'motion DiT')
 
@@ -296,7 +297,7 @@ def load_dit(
     )
 
     def make():
-        return ContentDiT(**settings, dtype=dtype, rngs=nnx.Rngs(0))
+        return ContentDiT(**settings, dtype=dtype, rngs=make_rngs(0))
 
     return build(make, state_dict, content_table(settings['heads']), 'DiT')
 

@@ -19,6 +19,7 @@ import safetensors.numpy
 from flax import nnx
 
 from cmd_jax.errors import UserError
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import param_sharding
 from cmd_jax.parallel.placement import put
 
@@ -31,22 +32,9 @@ LISTED = 10  # names in an error message
 Renamed = tuple[tuple[str, str], ...]
 
 
-class OneKey(nnx.Rngs):
-    """Gives the same key again and again: enough where only shapes are made.
-
-    The counters of `nnx.Rngs` are slow to trace: 9 s for the U-Net of Stable Diffusion.
-    """
-
-    def __init__(self):
-        pass
-
-    def params(self) -> jax.Array:
-        return jax.random.key(0)
-
-
 def abstract(module: type, **arguments) -> nnx.Module:
     """A network that has shapes in place of parameters."""
-    return nnx.eval_shape(lambda: module(**arguments, rngs=OneKey()))
+    return nnx.eval_shape(lambda: module(**arguments, rngs=make_rngs(0)))
 
 
 class Tensors:

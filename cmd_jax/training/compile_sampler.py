@@ -19,6 +19,7 @@ from cmd_jax import atomic, sampling, stable_diffusion
 from cmd_jax.errors import UserError, writable
 from cmd_jax.models.flops import count
 from cmd_jax.models.layers import in_compute_dtype
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel import compile_only
 from cmd_jax.parallel.mesh import batch_sharding, batch_ways, make_mesh, replicated
 from cmd_jax.stable_diffusion import weights
@@ -208,7 +209,7 @@ def calls(
     dtype, batch = parts.compute_dtype('auto'), batch_sharding(mesh)
 
     def shaped(make):
-        return in_compute_dtype(frozen.shaped(nnx.eval_shape(lambda: make(nnx.Rngs(0))), mesh))
+        return in_compute_dtype(frozen.shaped(nnx.eval_shape(lambda: make(make_rngs(0))), mesh))
 
     def pretrained(where, part):
         sizes = stable_diffusion.arguments(where, part)

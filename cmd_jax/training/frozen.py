@@ -18,6 +18,7 @@ from cmd_jax.data.latent_records import Latents
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
 from cmd_jax.models.layers import in_compute_dtype
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import param_sharding, replicated
 from cmd_jax.parallel.placement import fetch, put, put_batch
 from cmd_jax.stable_diffusion import weights
@@ -99,10 +100,10 @@ def abstract(name: str, config: configs.Config, mesh) -> tuple[Frozen, dict]:
     video = size, data.frames, data.height, data.width, 3
     batch = {'video': (video, jnp.uint8), 'place': ((size,), jnp.int32)}
     if name == 'autoencoder' and section.loss.lpips_weight:
-        module = nnx.eval_shape(lambda: lpips.LPIPS('vgg', rngs=nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: lpips.LPIPS('vgg', rngs=make_rngs(0)))
         networks['lpips'] = shaped(module, mesh)
     if name != 'autoencoder':
-        module = nnx.eval_shape(lambda: parts.make_autoencoder(config, nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: parts.make_autoencoder(config, make_rngs(0)))
         networks['autoencoder'] = in_compute_dtype(shaped(module, mesh))
         if cached:
             latent = size, data.frames, module.motion_tokens, module.motion_channels

@@ -13,6 +13,7 @@ from cmd_jax.data import sources
 from cmd_jax.diffusion import timesteps
 from cmd_jax.errors import UserError
 from cmd_jax.interop.files import NAMES, read_state_dict
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import accumulation, check_batch, param_sharding, path_name
 from cmd_jax.parallel.placement import put
 from cmd_jax.training import config as configs
@@ -105,7 +106,7 @@ def check(name: str, config: configs.Config, classes: int, mesh):
             f'is {dict(mesh.shape)}, and its tensor axis does not divide {what} of {units}: choose '
             'a batch that splits over more devices, or set config.mesh'
         )
-    nnx.eval_shape(lambda: parts.make_network(name, config, classes, nnx.Rngs(0)))
+    nnx.eval_shape(lambda: parts.make_network(name, config, classes, make_rngs(0)))
     if name == 'autoencoder':
         return
     process, offset = parts.make_process(section.process), 0
@@ -172,6 +173,6 @@ def start(name: str, config: configs.Config, classes: int, mesh) -> dict:
     sizes = dict(height=height, width=width, num_classes=classes, heads=config.content.model.heads)
     weights = interop.dit_start(read_state_dict(config.content.start, NAMES[name]), **sizes)
     interop.check_start(
-        weights, nnx.eval_shape(lambda: parts.make_network(name, config, classes, nnx.Rngs(0)))
+        weights, nnx.eval_shape(lambda: parts.make_network(name, config, classes, make_rngs(0)))
     )
     return put(weights, param_sharding(weights, mesh))

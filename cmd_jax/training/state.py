@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import param_sharding, path_name
 from cmd_jax.training.config import Train
 
@@ -79,10 +80,10 @@ def prepare(
     a key and of {path: array}, parameters that do not begin at random. It is made where it will
     lie: no device ever holds the whole of a sharded model.
     """
-    graphdef = nnx.split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))), nnx.Param)[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: make_model(make_rngs(0))), nnx.Param)[0]
 
     def init(key, start):
-        params = nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(key)), nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(make_model(make_rngs(key)), nnx.Param))
         params = jax.tree_util.tree_map_with_path(
             lambda path, x: start.get(path_name(path), x).astype(x.dtype), params
         )

@@ -16,6 +16,7 @@ from flax import nnx
 
 from cmd_jax import atomic
 from cmd_jax.errors import UserError
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import param_sharding, path_name, replicated
 from cmd_jax.parallel.placement import fetch
 from cmd_jax.training import config as configs
@@ -93,7 +94,7 @@ def load(
         config = dataclasses.replace(config, stable_diffusion=section)
     inputs = json.loads((folder / 'inputs.json').read_text())
     classes = len(inputs['class_names'])
-    abstract = nnx.eval_shape(lambda: make_network(stage, config, classes, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: make_network(stage, config, classes, make_rngs(0)))
     graphdef, params = nnx.split(abstract, nnx.Param)
     params = nnx.to_pure_dict(params)
     tree = {'ema': jax.tree.map(placed, params, param_sharding(params, mesh))}

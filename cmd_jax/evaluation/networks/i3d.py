@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import pretrained
 from cmd_jax.interop import files
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import shard
 
 CLASSES = 400
@@ -210,7 +211,7 @@ def load(path: str | pathlib.Path | None = None) -> I3D:
         params = flax.traverse_util.unflatten_dict({unit: read(*unit) for unit in units})
     except KeyError as e:
         raise UserError(f'{path} has no {e.args[0]}: these are not the weights of I3D') from e
-    abstract = nnx.eval_shape(lambda: I3D(rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: I3D(rngs=make_rngs(0)))
     graphdef, state = nnx.split(abstract)
     shapes = jax.tree.map(jnp.shape, (params, nnx.to_pure_dict(state)))
     if shapes[0] != shapes[1]:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import pretrained
+from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import shard
 
 # ImageNet's channel mean and deviation, in units of images in [-1, 1].
@@ -174,5 +175,5 @@ def load(net: str = 'vgg', path: str | pathlib.Path | None = None) -> LPIPS:
             for i in range(5)
         },
     }
-    abstract = nnx.eval_shape(lambda: LPIPS(net, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: LPIPS(net, rngs=make_rngs(0)))
     return nnx.merge(nnx.graphdef(abstract), jax.tree.map(jnp.asarray, params))
