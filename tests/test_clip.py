@@ -1,5 +1,7 @@
 """CLIP: what it is given, and what it refuses. test_clip_parity.py compares its numbers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -49,3 +51,31 @@ def test_missing_and_unknown_parameters(clip_folder, tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / 'model.safetensors')
     with pytest.raises(UserError, match='1 missing parameters: vision_model.embeddings.class_emb'):
         clip.load(tmp_path)
+
+
+def test_a_folder_without_clip_and_a_repository_out_of_reach(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='has no config.json: give --clip=FOLDER'):
+        clip.load(tmp_path)
+
+    def unreachable(*_, **__):
+        raise UserError('some/where cannot be had (OSError): give another diffusion model')
+
+    monkeypatch.setattr(clip.stable_diffusion, 'load', unreachable)
+    with pytest.raises(UserError) as error:
+        clip.load('some/where')
+    assert 'some/where cannot be had (OSError): give --clip=FOLDER' in str(error.value)
+    assert 'diffusion' not in str(error.value)
+
+
+def test_other_activations_are_another_network(clip_folder, monkeypatch):
+    model = clip.load(clip_folder)
+    assert not model.is_vit_b32
+    monkeypatch.setattr(clip, 'VIT_B32', model.arguments)
+    assert not model.is_vit_b32  # the text encoder's width differs
+    width = model.texts.text_encoder.dim
+    monkeypatch.setattr(clip, 'VIT_B32', model.arguments | {'projected': width})
+    assert not model.is_vit_b32
+    same = dataclasses.replace(model, arguments=model.arguments | {'projected': width})
+    assert same.is_vit_b32
+    other = dataclasses.replace(same, arguments=same.arguments | {'activation': 'gelu'})
+    assert not other.is_vit_b32

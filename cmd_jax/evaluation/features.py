@@ -65,9 +65,11 @@ def load_i3d(path: str | pathlib.Path | None, mesh: jax.sharding.Mesh) -> i3d.I3
 
 
 @functools.cache
-def load_lpips(net: str, mesh: jax.sharding.Mesh) -> perceptual.LPIPS:
+def load_lpips(
+    net: str, path: str | pathlib.Path | None, mesh: jax.sharding.Mesh
+) -> perceptual.LPIPS:
     """LPIPS on all devices of a mesh, read once in a process."""
-    return jax.device_put(perceptual.load(net), replicated(mesh))
+    return jax.device_put(perceptual.load(net, path), replicated(mesh))
 
 
 def i3d_logits(
@@ -130,6 +132,7 @@ def lpips(
     b: UInt8[np.ndarray, 'n t h w 3'],
     *,
     net: str = 'vgg',
+    path: str | pathlib.Path | None = None,
     mean: bool = True,
     batch_size: int = 16,
     mesh: jax.sharding.Mesh | None = None,
@@ -139,6 +142,7 @@ def lpips(
     Args:
       a, b: pairs of equal shape.
       net: 'vgg' or 'alex'.
+      path: of the weights, see `networks.lpips.load`.
       mean: over the pairs, or a value for each.
       batch_size, mesh: see `i3d_logits`.
 
@@ -148,7 +152,7 @@ def lpips(
     """
     check_pairs(a, b)
     mesh = mesh or make_mesh()
-    program = functools.partial(lpips_program, load_lpips(net, mesh))
+    program = functools.partial(lpips_program, load_lpips(net, path, mesh))
     values = batches.collect(batches.run(program, mesh, batch_size, a, b))
     return over_pairs(values.astype(np.float64), mean)
 

@@ -1,137 +1,28 @@
 """A protocol carried out: real clips and what stands in their place, through the networks."""
 
 import collections
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 
 from cmd_jax.errors import UserError
-from cmd_jax.evaluation import distances, features, intervals, real_clips, run
-from cmd_jax.evaluation.networks import clip, i3d, lpips, pretrained
+from cmd_jax.evaluation import intervals, real_clips, run
+from cmd_jax.evaluation import settings as choices
+from cmd_jax.evaluation.gathered import Videos
+from cmd_jax.evaluation.networks import clip, i3d, pretrained
 from cmd_jax.evaluation.protocols import (
-    LEAST,
     Protocol,
     check_captions,
     check_text,
     fake_conditions,
     fingerprint,
 )
-from cmd_jax.parallel import batches
+from cmd_jax.evaluation.settings import Settings
 
-SHOWN = 16  # clips of each kind for the page
-AT_ONCE = 256  # generated videos whose conditions are in memory
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a user may choose. Other numbers of videos, networks or sizes make another protocol.
-
-    Attributes:
-      data: KIND:WHERE of the real clips; None: the run's own.
-      num_videos: real clips and generated videos; None: the protocol's numbers.
-      steps, guidance, sampler, spacing: of sampling; None: the run's config's.
-      seed: of clips, samples and intervals.
-      size: pixels a side that I3D sees.
-      batch_size: videos at a time in the run's networks.
-      i3d: file of I3D's weights; None: the installed package's.
-      clip: folder or repository of CLIP.
-      sweep: guidance scales at which generation is measured besides.
-    """
-
-    data: str | None = None
-    num_videos: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: str | None = None
-    spacing: str | None = None
-    seed: int = 0
-    size: int = i3d.SIZE
-    batch_size: int = 16
-    i3d: str | None = None
-    clip: str = clip.REPOSITORY
-    sweep: Sequence[float] = ()
-
-    @property
-    def sampling(self) -> dict:
-        """Options of sampling but for the guidance scale, and the seed."""
-        return {k: getattr(self, k) for k in ('steps', 'sampler', 'spacing', 'seed')}
-
-
-class Videos:
-    """What was measured of a set of videos, gathered batch by batch.
-
-    Attributes:
-      shown: the first videos.
-      values: {name: a value for each video}.
-    """
-
-    def __init__(self, settings: Settings, distance: bool, mesh):
-        self._settings, self._distance, self._mesh = settings, distance, mesh
-        self._found, self.values = [], collections.defaultdict(list)
-        self.shown = []
-
-    def show(self, videos, count: int):
-        """Keeps the first for the page, `count` of these at most."""
-        room = min(count, SHOWN - sum(map(len, self.shown)))
-        if room > 0:
-            self.shown.append(np.asarray(videos[:room]))
-
-    def restore(self, kept: dict[str, np.ndarray]):
-        """Takes what `real_clips.keep` has kept."""
-        self.shown, self._found = [kept['shown']], [kept['features']]
-
-    def add(self, videos: np.ndarray, real: np.ndarray | None = None):
-        """Videos on the host, and the real clips that they stand for, to compare in pairs."""
-        self.show(videos, len(videos))
-        if self._distance:
-            settings = self._settings
-            options = dict(size=settings.size, path=settings.i3d, mesh=self._mesh)
-            self._found.append(features.i3d_logits(videos, **options))
-        if real is not None:
-            for name, measure in _of_pairs(real.shape, self._mesh).items():
-                self.values[name].extend(measure(real, videos, mean=False))
-
-    def stream(self, videos: Iterator, prompts: list[str] | None, scorer: clip.CLIP | None):
-        """Batches on the devices, as `Generator.stream` gives them: what I3D says of one is
-        computed behind the next one's sampling, and nothing waits for the host."""
-
-        def looked_at():
-            for batch, count in videos:
-                found = None
-                if self._distance:
-                    network = features.load_i3d(self._settings.i3d, self._mesh)
-                    found = features.i3d_program(network, batch, size=self._settings.size)
-                yield batch, found, count
-
-        done = 0
-        for batch, found, count in batches.ahead(looked_at()):
-            self.show(batch, count)
-            if found is not None:
-                self._found.append(np.asarray(found)[:count])
-            if scorer is not None:
-                texts = prompts[done : done + count]
-                similar = features.clipsim(np.asarray(batch)[:count], texts, scorer, mean=False)
-                self.values['clipsim'].extend(similar)
-            done += count
-
-    @property
-    def features(self) -> np.ndarray:
-        return np.concatenate(self._found)
-
-
-def _of_pairs(shape: tuple[int, ...], mesh) -> dict[str, Callable]:
-    """The measures of pairs that frames of this size are large enough for."""
-    found = {'psnr': distances.psnr}
-    if min(shape[2:4]) >= distances.SSIM_WINDOW:
-        found['ssim'] = distances.ssim
-    if lpips.fits('alex', *shape[2:4]):
-        found['lpips'] = functools.partial(features.lpips, net='alex', mesh=mesh)
-    return found
+AT_ONCE = 256  # generated videos that are measured and kept together
 
 
 def measure(
@@ -142,7 +33,8 @@ def measure(
     Args:
       generator: with the stages that the protocol needs.
       name: of the protocol.
-      cache: folder for the features of real clips.
+      cache: folder for the features of real clips, and for what was measured of generated ones:
+        an evaluation that was interrupted goes on.
 
     Returns:
       numbers: flat; estimates under PART_MEASURE (those of a sweep under
@@ -165,6 +57,7 @@ def measure(
     if settings.num_videos is not None and settings.num_videos < intervals.FEWEST:
         raise UserError(f'--num_videos={settings.num_videos}: {intervals.FEWEST} videos or more')
     check_text(protocol, generator.text)
+    choices.check(name, protocol, settings)
     scorer = clip.load(settings.clip, generator.mesh) if protocol.similarity else None
     wanted = settings.num_videos or protocol.num_real
     real = real_clips.RealClips(
@@ -175,31 +68,39 @@ def measure(
     conditioned = generator.class_names and protocol.parts != ('reconstruction',)
     if conditioned and real.class_names != generator.class_names:
         raise UserError(
-            f'--data={settings.data}: its classes are not those of this run '
-            f'({", ".join(generator.class_names[:3])}, ...): give videos of the same classes'
+            f'{real.settings["source"]}: its classes are not those of this run '
+            f'({", ".join(generator.class_names[:3])}, ...): give --data with videos of the same '
+            'classes; networks of others that were imported take the names of --class_names'
         )
-    numbers = _about(generator, real, protocol, settings)
-    # Nothing else is called FVD.
-    official = (
-        settings.num_videos is None
-        and real.count >= min(protocol.num_real or LEAST, LEAST)
-        and numbers.get('i3d_sha256', i3d.SHA256) == i3d.SHA256
-        and settings.size == i3d.SIZE
-        and (scorer is None or scorer.is_vit_b32)
-    )
-    numbers = {'protocol': name, 'comparable': official} | numbers
+    numbers = choices.about(generator, real, protocol, settings)
     found, labels, captions = _look_at_real(generator, protocol, settings, real, cache)
     check_captions(protocol, generator.text, captions)
-    numbers['num_real'] = len(captions)
+    missing, too_many = real.told_missing()
+    faults = [*choices.faults(protocol, settings, config, numbers, scorer), *real.faults]
+    # Nothing else is called FVD.
+    faults += [missing] if too_many else []
+    warnings = [numbers['warnings'], None if too_many else missing]
+    numbers |= {
+        'warnings': '; '.join(filter(None, warnings)) or None,
+        'num_real': len(captions),
+        'real_missing': sum(real.missing.values()),
+    }
+    official = not faults
+    numbers = {
+        'protocol': name,
+        'comparable': official,
+        'not_comparable_for': '; '.join(faults) or None,
+    } | numbers
     pictures = {'sweep': []}
     if 'generation' in protocol.parts:
         count = settings.num_videos or protocol.num_fake or len(captions)
         asked = fake_conditions(protocol, count, labels, captions, generator.text)
-        generate = functools.partial(_generate, generator, protocol, settings, asked, scorer)
-        before = time.perf_counter()
-        found['generation'] = generate(settings.guidance)
-        numbers |= {'num_generated': count, 'seconds_generation': time.perf_counter() - before}
         numbers |= {'clip_sha256': scorer.sha256} if scorer else {}
+        generate = functools.partial(
+            _generate, generator, protocol, settings, asked, scorer, numbers, cache
+        )
+        found['generation'] = generate(settings.guidance)
+        numbers |= {'num_generated': count, 'seconds_generation': found['generation'].seconds}
         for scale in settings.sweep:
             estimates = _estimates(found['real'], protocol, official, settings, generate(scale))
             pictures['sweep'].append((scale, estimates))
@@ -228,13 +129,15 @@ def _look_at_real(generator, protocol, settings, real, cache):
     found = {kind: new() for kind in ('real', *parts)}
     digest = pretrained.sha256(i3d.weights(settings.i3d)) if protocol.distance else None
     about = {'real': real.settings, 'i3d': digest, 'size': settings.size}
-    path = cache / f'{fingerprint(about)}.npz'
+    path = cache / f'real-{fingerprint(about)}.npz'
     before = real_clips.cached(path)
     labels, captions = [], []
     if before is not None:
         logging.info('features of %d real clips from %s', len(before['labels']), path)
-        found['real'].restore(before)
+        found['real'].take(before)
         labels, captions = before['labels'].tolist(), before['captions'].tolist()
+        counts = before['missing'].tolist()
+        real.missing = collections.Counter(dict(zip(before['reasons'].tolist(), counts)))
         if not parts:
             return found, labels, captions
     done = 0
@@ -254,7 +157,7 @@ def _look_at_real(generator, protocol, settings, real, cache):
         logging.info('%d of %d real clips', done, real.count)
     if before is None and protocol.distance:
         shown = np.concatenate(found['real'].shown)
-        real_clips.keep(path, found['real'].features, labels, captions, shown)
+        real_clips.keep(path, found['real'].features, labels, captions, shown, dict(real.missing))
     return found, labels, captions
 
 
@@ -275,12 +178,24 @@ def _predict_motion(generator, settings, chunk, first) -> np.ndarray:
     )
 
 
-def _generate(generator, protocol, settings, asked, scorer, guidance) -> Videos:
-    """Videos of these conditions."""
+def _generate(generator, protocol, settings, asked, scorer, about, cache, guidance) -> Videos:
+    """Videos of these conditions. What was measured of some at a time is kept: an evaluation that
+    is interrupted goes on with the next ones."""
     videos = Videos(settings, protocol.distance, generator.mesh)
     kind, values = next(iter(asked.items()))
+    sampled = run.settings(generator, **settings.sampling_with(guidance))
+    decided = {k: v for k, v in about.items() if k.startswith(('sha256_', 'i3d_', 'clip_'))}
+    decided |= sampled | {'seed': settings.seed, 'version': real_clips.VERSION}
+    decided['platform'] = generator.mesh.devices.flat[0].platform  # which computes in its own way
     for first in range(0, len(values), AT_ONCE):
         some = values[first : first + AT_ONCE]
+        digest = fingerprint({'generated': [first, some], **decided})
+        path = cache / f'generated-{digest}.npz'
+        kept = real_clips.cached(path)
+        if kept is not None:
+            logging.info('%d of %d generated videos, kept', first + len(some), len(values))
+            videos.take(kept)
+            continue
         given = {kind: some}
         if not generator.text and not generator.class_names:
             given = {'num_videos': len(some)}
@@ -291,7 +206,11 @@ def _generate(generator, protocol, settings, asked, scorer, guidance) -> Videos:
             batch_size=settings.batch_size,
             **settings.sampling,
         )
-        videos.stream(stream, some if generator.text else None, scorer)
+        piece = Videos(settings, protocol.distance, generator.mesh)
+        piece.stream(stream, some if generator.text else None, scorer)
+        kept = piece.arrays()
+        real_clips.write(path, **kept)
+        videos.take(kept)
         logging.info('%d of %d generated videos', first + len(some), len(values))
     return videos
 
@@ -306,30 +225,3 @@ def _estimates(real: Videos, protocol, official, settings, videos: Videos) -> di
     for name, values in videos.values.items():
         found[name] = intervals.of_mean(np.array(values), seed=seed)
     return found
-
-
-def _about(generator, real, protocol, settings) -> dict:
-    """What the numbers depend on."""
-    about = {f'real_{name}': value for name, value in real.settings.items()}
-    for stage, config in generator.config.items():
-        about[f'sha256_{stage}'] = generator.sha256[stage]
-        about[f'ema_decay_{stage}'] = getattr(config, stage).train.ema_decay
-    sampled = settings.sampling | {'guidance': settings.guidance}
-    del sampled['seed']
-    about |= run.settings(generator, **sampled)
-    if protocol.distance:
-        about |= {
-            'i3d_sha256': pretrained.sha256(i3d.weights(settings.i3d)),
-            'i3d_size': settings.size,
-            'i3d_resized': 'bilinear about pixel centres, without antialiasing',
-        }
-    warnings = list(real.warnings)
-    if protocol.pairs:
-        about['lpips_net'] = 'alex'
-        shape = (1, 1, real.settings['height'], real.settings['width'])
-        missing = {'ssim', 'lpips'} - set(_of_pairs(shape, generator.mesh))
-        if missing:
-            warnings.append(f'the frames are too small for {" and ".join(sorted(missing))}')
-    about['resamples'] = intervals.RESAMPLES
-    about['warnings'] = '; '.join(warnings) or None
-    return about

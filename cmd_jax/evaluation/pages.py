@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from cmd_jax.data.clips import fit
 from cmd_jax.evaluation import panels, plots, report
 from cmd_jax.evaluation.intervals import Estimate
-from cmd_jax.evaluation.protocols import Protocol
+from cmd_jax.evaluation.protocols import Protocol, published
 
 MEANING = {
     'fvd': 'Frechet video distance: lower is nearer to the real clips',
@@ -35,15 +35,15 @@ COLUMNS = 4
 def headline(protocol: Protocol, numbers: Mapping) -> report.Table:
     """A row for each number: its interval, and what was published where the paper has it."""
     columns = ['number', 'measured', '95 % interval']
-    published = numbers['comparable'] and bool(protocol.paper)
+    beside = published(protocol, numbers)
     rows = []
     for key, estimate in estimates(protocol, numbers).items():
         row = [key, report.text(estimate.value)]
         row.append(f'{report.text(estimate.low)} to {report.text(estimate.high)}')
-        if published:
-            row += protocol.paper.get(key, ('', ''))
+        if beside:
+            row += beside.get(key, ('', ''))
         rows.append(row)
-    if published:
+    if beside:
         columns += ['CMD, published', 'best other']
     return report.Table(columns=columns, rows=rows)
 
@@ -78,10 +78,9 @@ def _numbers(name, protocol, numbers):
         rows.append((f'{row[0]}\n{MEANING[measure]}', *row[1:]))
     told = [protocol.about]
     if not numbers['comparable']:
-        count = numbers.get('num_generated', numbers['num_real'])
         told.append(
-            f'Here with {count} videos: not the protocol, so no number is called FVD, and none can '
-            'be compared with published ones.'
+            f'Here it is not the protocol ({numbers["not_comparable_for"]}): no number is called '
+            'FVD, and none can be compared with published ones.'
         )
     if numbers['warnings']:
         told.append(f'Warning: {numbers["warnings"]}.')

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.resources
 import json
+from collections.abc import Mapping
 
 from cmd_jax.errors import UserError
 
@@ -21,6 +22,8 @@ STAGES = {
     'generation': ('autoencoder', 'content', 'motion'),
 }
 
+
+UCF101 = 'ucf101', 64, 64  # the paper's class-conditional rows
 
 # Videos below which a distance of sets goes by another name than FVD.
 LEAST = 2048
@@ -45,6 +48,7 @@ class Protocol:
       prompts: the conditions of generated videos: those of the 'real' clips in their order, or the
         prompts of 'ucf101', equally many of each class.
       paper: {number: (CMD's published value, the best other one)}, both as text.
+      paper_data: what these are of: kind of the source, height and width; None: captioned videos.
     """
 
     about: str
@@ -59,6 +63,7 @@ class Protocol:
     similarity: bool = False
     prompts: str = 'real'
     paper: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    paper_data: tuple[str, int, int] | None = None
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -71,6 +76,7 @@ PROTOCOLS = {
         about='FVD of 2,048 generated videos and one random clip of each of 2,048 training videos, '
         'as StyleGAN-V computes it.',
         paper={'generation_fvd': ('107 (UCF-101, 64 x 64)', 'VideoFusion 173')},
+        paper_data=UCF101,
     ),
     'fvd_10000': Protocol(
         about='FVD of 10,000 generated videos and one random clip of every training video, as the '
@@ -78,6 +84,7 @@ PROTOCOLS = {
         num_real=None,
         num_fake=10_000,
         paper={'generation_fvd': ('73 (UCF-101, 64 x 64)', 'MAGVIT 76')},
+        paper_data=UCF101,
     ),
     'fvd_5000_text': Protocol(
         about='FVD and CLIPSIM of 5,000 videos generated from the captions of as many clips of the '
@@ -144,8 +151,22 @@ PROTOCOLS = {
             'motion_prediction_fvd': ('19.5 (UCF-101, 64 x 64)', ''),
             'generation_fvd': ('73.1 (UCF-101, 64 x 64)', ''),
         },
+        paper_data=UCF101,
     ),
 }
+
+
+def published(protocol: Protocol, numbers: Mapping) -> dict[str, tuple[str, str]]:
+    """The paper's values beside which these numbers may stand: of the same kind of data."""
+    if not numbers['comparable']:
+        return {}
+    source = numbers['real_prepared_from'] or numbers['real_source']
+    kind = source.partition(':')[0]
+    if protocol.paper_data is None:
+        unlike = () if protocol.source else ('ucf101', 'moving_digits')
+        return {} if kind in unlike else protocol.paper
+    same = (kind, numbers['real_height'], numbers['real_width']) == protocol.paper_data
+    return protocol.paper if same else {}
 
 
 @functools.cache

@@ -1,9 +1,11 @@
 """The real clips of a protocol, in a fixed order, and their features from one run to the next."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import zipfile
 from collections.abc import Iterator
@@ -14,17 +16,21 @@ from absl import logging
 from jaxtyping import Float, UInt8
 
 from cmd_jax import atomic
-from cmd_jax.data import pipeline, records, sources, videos
-from cmd_jax.data.clips import BadVideo, Skipped, probe
+from cmd_jax.data import pipeline, sources, videos
+from cmd_jax.data.clips import TOO_EARLY, TOO_SHORT, UNREADABLE, BadVideo, Skipped, probe
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.intervals import FEWEST
-from cmd_jax.evaluation.protocols import Protocol, check_captions
+from cmd_jax.evaluation.protocols import LEAST, Protocol, check_captions
 from cmd_jax.training import config as configs
 from cmd_jax.training import parts
 
-VERSION = 1  # of how clips are decoded and resized: another one has other features
+VERSION = (
+    2  # of what is kept, and how clips are decoded and resized: another one has other features
+)
 AT_ONCE = 64  # clips in memory
 LOOKED_AT = 16  # files whose size is compared with the clips'
+REASONS = (TOO_SHORT, TOO_EARLY, UNREADABLE)  # for which a video of a set gives no clip
+MISSING = 0.01  # share of a set's videos that may give no clip, in a number for others
 
 
 class RealClips:
@@ -36,6 +42,8 @@ class RealClips:
       class_names: of the source; empty where there are no classes.
       captions: that they can have; None: unknown.
       warnings: what may make their numbers another protocol's.
+      faults: what does.
+      missing: {reason: videos that gave no clip}, as far as they were looked at.
     """
 
     def __init__(
@@ -81,16 +89,20 @@ class RealClips:
         self.captions = self._source.captions
         check_captions(protocol, text, self.captions)
         there = len(self._source)
-        if count is not None and there < count:
+        if there < (count or LEAST):
             raise UserError(
                 f'{self._source.name}: {there} videos in the split {protocol.split!r}, and the '
-                f'protocol takes {count}: give more with --data, or --num_videos={there} for a '
-                'number that is not comparable with others'
+                f'protocol takes {count or f"all, {LEAST} at least"}: give more with --data, or '
+                f'--num_videos={there} for a number that is not comparable with others'
             )
         self.count = there if count is None else count
         self._fewest = there * (1 - chosen.max_bad) if count is None else count
+        left_out = [x.partition(' (')[0] for x in getattr(self._source, 'skipped', {}).values()]
+        self.missing = collections.Counter(x for x in left_out if x in REASONS)
+        header = getattr(self._source, 'header', {})
         self.settings = {
             'source': chosen.source,
+            'prepared_from': header.get('source'),
             'split': protocol.split,
             'videos': there,
             'clips': self.count,
@@ -99,9 +111,15 @@ class RealClips:
             **{name: getattr(chosen, name) for name in ('frames', 'height', 'width', 'short')},
             **{name: getattr(chosen, name) for name in ('stride', 'fps', 'fold', 'test_fraction')},
             'resized': 'bicubic with antialiasing (Pillow), the middle cut out',
-            'sha256': _listing(self._source, chosen.source),
+            'sha256': _listing(self._source),
         }
-        self.warnings = self._resized_before(chosen)
+        self.warnings, self.faults = [], []
+        if isinstance(self._source, videos.VideoFiles):
+            self._look_at_files(chosen)
+        elif header:
+            self._look_at_records(header['options'], chosen, protocol)
+        for warning in self.warnings:
+            logging.warning('%s', warning)
 
     def __iter__(self) -> Iterator[dict]:
         """The clips, `video`, `label` and `caption`, always the same; those that cannot be had are
@@ -109,12 +127,18 @@ class RealClips:
         found = pipeline.samples(
             self._source, seed=self._seed, shuffle=True, repeat=False, ahead=AT_ONCE
         )
-        good = (clip for clip in found if not isinstance(clip, Skipped))
+        given, missing = 0, collections.Counter()
+        before = self.missing
         try:
-            given = 0
-            for clip in itertools.islice(good, self.count):
+            for clip in found:
+                if isinstance(clip, Skipped):
+                    missing[clip.reason] += 1
+                    self.missing = before + missing
+                    continue
                 given += 1
                 yield clip
+                if given == self.count:
+                    break
         finally:
             found.close()
         if given < max(FEWEST, self._fewest):
@@ -130,27 +154,54 @@ class RealClips:
                 'caption': [str(clip['caption']) for clip in some],
             }
 
-    def _resized_before(self, data) -> list[str]:
-        if not isinstance(self._source, videos.VideoFiles):
-            return []
+    def told_missing(self) -> tuple[str | None, bool]:
+        """(what of the set gave no clip, whether that is too much for a number for others)."""
+        total = sum(self.missing.values())
+        if not total:
+            return None, False
+        share = total / (self.settings['videos'] + total)
+        reasons = ', '.join(f'{count} {reason}' for reason, count in self.missing.most_common())
+        return f'videos that gave no clip: {reasons}', share > MISSING
+
+    def _look_at_files(self, data):
         sizes = set()
         for video in range(min(LOOKED_AT, self._source.videos)):
             with contextlib.suppress(BadVideo):
                 info = probe(self._source.path(video))
                 sizes.add((info.height, info.width))
-        small = [size for size in sorted(sizes) if size[0] <= data.height and size[1] <= data.width]
-        if not small:
-            return []
-        told = ', '.join(f'{height} x {width}' for height, width in small)
-        warning = (
-            f'videos of {told} for clips of {data.height} x {data.width}: they were resized before '
-            'by a kernel that is not known, or are enlarged here; numbers of other kernels differ'
-        )
-        logging.warning('%s', warning)
-        return [warning]
+        # Scaled until they just cover the clip: by one side alone.
+        small = [size for size in sorted(sizes) if size[0] <= data.height or size[1] <= data.width]
+        if small:
+            told = ', '.join(f'{height} x {width}' for height, width in small)
+            self.warnings.append(
+                f'videos of {told} for clips of {data.height} x {data.width}: they were resized '
+                'before by a kernel that is not known, or are enlarged here; numbers of other '
+                'kernels differ'
+            )
+
+    def _look_at_records(self, prepared: dict, data, protocol: Protocol):
+        """`prepared`: the options that records were made with, see `data.shards.Settings`."""
+        clips, each = prepared['clips'], prepared['per_video']
+        if clips == 'all' or (clips == 'random' and each > 1):
+            self.faults.append(
+                f'records of clips={clips!r}: several clips of a video, where the protocol takes '
+                "one; prepare them with --clips=whole, or 'random' ones"
+            )
+        elif clips == 'center' and protocol.split == 'train':
+            self.faults.append('records of the middle clips, where the protocol takes random ones')
+        if prepared['encoding'] == 'jpeg':
+            self.warnings.append(
+                'real frames went through JPEG when they were prepared, and generated ones do not'
+            )
+        size = prepared['height'], prepared['width']
+        if size != (data.height, data.width):
+            self.warnings.append(
+                f'records of {size[0]} x {size[1]} for clips of {data.height} x {data.width}: '
+                'resized twice; numbers of other kernels differ'
+            )
 
 
-def _listing(source, spec: str) -> str:
+def _listing(source) -> str:
     """A hash of what a source is made of: its classes; its files with their labels, captions,
     times, sizes and times of change; the header of prepared records."""
     digest = hashlib.sha256(repr((VERSION, source.name, source.class_names)).encode())
@@ -161,14 +212,13 @@ def _listing(source, spec: str) -> str:
             with contextlib.suppress(OSError):  # not of this file system
                 stat = os.stat(source.path(video))
                 digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode())
-    header = Path(spec.partition(':')[2]) / records.HEADER
-    if header.is_file():
-        digest.update(header.read_bytes())
+    if header := getattr(source, 'header', None):
+        digest.update(json.dumps(header, sort_keys=True).encode())
     return digest.hexdigest()
 
 
 def cached(path: Path) -> dict[str, np.ndarray] | None:
-    """Features, labels and captions of an earlier evaluation; None where there are none."""
+    """What an earlier evaluation has written; None where there is nothing."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -185,8 +235,22 @@ def keep(
     labels: list[int],
     captions: list[str],
     shown: UInt8[np.ndarray, 'k t h w 3'],
+    missing: dict[str, int],
 ):
     """Writes what `cached` reads."""
+    write(
+        path,
+        features=features,
+        labels=labels,
+        captions=captions,
+        shown=shown,
+        missing=list(missing.values()),
+        reasons=list(missing),
+    )
+
+
+def write(path: Path, **arrays):
+    """Arrays that `cached` reads, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(path) as temporary, open(temporary, 'wb') as file:
-        np.savez(file, features=features, labels=labels, captions=captions, shown=shown)
+        np.savez(file, **arrays)

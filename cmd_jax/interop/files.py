@@ -80,6 +80,11 @@ def read_pickle(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
                 f'{path} holds more than weights (opening it would call {wanted[1]}): it is not '
                 'opened; save its state dict alone, or convert it to safetensors'
             ) from e
+        if 'TorchScript' in str(e):
+            raise UserError(
+                f'{path} is a program (TorchScript), which is not run: save its weights where you '
+                'trust it, torch.save(torch.jit.load(FILE).state_dict(), OTHER), and give that file'
+            ) from e
         raise UserError(
             f'{path} cannot be read as a checkpoint of PyTorch ({type(e).__name__}): '
             'download it again'

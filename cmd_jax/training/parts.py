@@ -10,7 +10,7 @@ from flax import nnx
 from cmd_jax import stable_diffusion
 from cmd_jax.data import sources
 from cmd_jax.data.clip_options import ClipOptions
-from cmd_jax.diffusion import SAMPLERS, SPACINGS, Process
+from cmd_jax.diffusion import SAMPLERS, SPACINGS, Process, timesteps
 from cmd_jax.errors import UserError, choose
 from cmd_jax.models.autoencoder import VideoAutoencoder
 from cmd_jax.models.content import ContentDiT
@@ -145,7 +145,8 @@ def sampling_options(
         `diffusion.Sampling`.
 
     Raises:
-      UserError: guidance where there is nothing to guide to, or an unknown sampler or spacing.
+      UserError: guidance where there is nothing to guide to, an unknown sampler or spacing, or more
+        steps than the process has.
     """
     if not conditioned and {guidance, motion_guidance} - {None, 1.0}:
         raise UserError(
@@ -173,8 +174,11 @@ def sampling_options(
     for stage in set(asked) & set(config):
         changes = {k: v for k, v in (common | asked[stage]).items() if v is not None}
         changes = changes if conditioned else changes | {'guidance': 1.0}
-        default = getattr(config[stage], stage).sampling
-        options[stage] = {'sampling': dataclasses.replace(default, **changes)}
+        section = getattr(config[stage], stage)
+        used = dataclasses.replace(section.sampling, **changes)
+        # More steps than there are, and the like, before anything is computed.
+        timesteps(make_process(section.process), used.steps, used.spacing, sampler=used.sampler)
+        options[stage] = {'sampling': used}
     if 'content' in options:
         options['content'] |= content_sampling(config['content'])
     if 'motion' in options:

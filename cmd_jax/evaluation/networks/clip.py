@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
 from cmd_jax import stable_diffusion
+from cmd_jax.errors import UserError
 from cmd_jax.models.layers import linear
 from cmd_jax.parallel import batches
 from cmd_jax.parallel.mesh import make_mesh, shard
@@ -29,6 +30,16 @@ from cmd_jax.stable_diffusion.text import Encoder
 
 # The one that CLIPSIM is defined by.
 REPOSITORY = 'openai/clip-vit-base-patch32'
+VIT_B32 = dict(
+    size=224,
+    patch=32,
+    dim=768,
+    depth=12,
+    heads=12,
+    hidden=3072,
+    activation='quick_gelu',
+    projected=512,
+)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _PROMPTS_AT_ONCE = 64
@@ -109,12 +120,14 @@ class CLIP:
     Attributes:
       texts: the text encoder, with its tokenizer.
       images: the image encoder.
+      arguments: of the image encoder.
       folder: where they were read.
       mesh: the devices that they run on.
     """
 
     texts: StableDiffusion
     images: ImageEncoder
+    arguments: dict
     folder: pathlib.Path
     mesh: jax.sharding.Mesh
 
@@ -136,10 +149,9 @@ class CLIP:
 
     @property
     def is_vit_b32(self) -> bool:
-        """Whether this is of the sizes of the network that CLIPSIM is defined by."""
-        vision = self.images.vision_model
-        patch, _, _, width = vision.embeddings.patch_embedding.kernel.shape
-        return (self.images.size, patch, width, len(vision.encoder.layers)) == (224, 32, 768, 12)
+        """Whether this is of the sizes and the activation of the network that CLIPSIM is defined
+        by. Which weights it has, `sha256` tells."""
+        return self.arguments == VIT_B32 and self.texts.text_encoder.dim == VIT_B32['projected']
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -162,8 +174,20 @@ def load(source: str | pathlib.Path = REPOSITORY, mesh: jax.sharding.Mesh | None
       UserError: for a folder of another model, unreadable files, or a repository that cannot be
         had.
     """
-    mesh = mesh or make_mesh()
-    texts = stable_diffusion.load(source, parts=('text_encoder',), mesh=mesh)
+    mesh, there = mesh or make_mesh(), pathlib.Path(source)
+    remedy = (
+        f'give --clip=FOLDER with what transformers saves of {REPOSITORY} (docs/evaluation.md), or '
+        'another repository'
+    )
+    if there.is_dir() and not (there / 'config.json').is_file():
+        raise UserError(f'CLIP: {source} has no config.json: {remedy}')
+    try:
+        texts = stable_diffusion.load(source, parts=('text_encoder',), mesh=mesh)
+    except UserError as e:
+        if there.is_dir():
+            raise
+        # The hub's error comes with advice on diffusion models.
+        raise UserError(f'CLIP: {str(e).partition(": ")[0]}: {remedy}') from e
     where = texts.folder / 'config.json'
     tree = json.loads(where.read_text())
     arguments = options.image_encoder(str(where), tree)
@@ -171,7 +195,7 @@ def load(source: str | pathlib.Path = REPOSITORY, mesh: jax.sharding.Mesh | None
         weights.abstract(ImageEncoder, **arguments, text_dim=texts.text_encoder.dim),
         *(texts.folder, ('model',), (), r'text_model\..*|logit_scale', mesh, jnp.float32),
     )
-    return CLIP(texts=texts, images=images, folder=texts.folder, mesh=mesh)
+    return CLIP(texts=texts, images=images, arguments=arguments, folder=texts.folder, mesh=mesh)
 
 
 def preprocess(frame: UInt8[np.ndarray, 'h w 3'], size: int) -> UInt8[np.ndarray, 's s 3']:

