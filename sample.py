@@ -49,7 +49,8 @@ CONFIG = config_flags.DEFINE_config_file('config', None, 'With --compile_for, in
 COMPILE_FOR = flags.DEFINE_list(
     'compile_for',
     None,
-    'Only compile, for TPU slices such as v5e:1x1,v5e:2x2, and tell what --num_videos cost there',
+    'Only compile, for TPU slices such as v5e:1x1,v5e:2x2, and tell what a batch of --num_videos '
+    '(default 1) costs there',
 )
 COMPILER_SEARCH = flags.DEFINE_bool(
     'compiler_search', False, 'With --compile_for: with the search for the fastest program'
@@ -61,6 +62,7 @@ cli.compilation_cache_flag()
 
 
 def main():
+    cli.only_with('compile_for', 'config', 'compiler_search', 'compile_report')
     if COMPILE_FOR.value:
         compile_only()
         return
@@ -128,8 +130,9 @@ def compile_only():
     compile_sampler.run(
         found,
         COMPILE_FOR.value,
-        NUM_VIDEOS.value or 1,
+        min(NUM_VIDEOS.value or 1, BATCH_SIZE.value),
         classes=classes,
+        options={flag.name: flag.value for flag in SAMPLING},
         search=COMPILER_SEARCH.value,
         out=COMPILE_REPORT.value,
     )

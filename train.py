@@ -34,6 +34,7 @@ cli.distributed_flags()
 
 
 def main():
+    cli.only_with('compile_for', 'largest_batch', 'compiler_search', 'compile_report')
     if CONFIG.value is None:
         raise UserError('--config is missing: for example --config=configs/quickstart.py:all')
     from cmd_jax.training import config, loop

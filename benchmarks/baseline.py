@@ -46,7 +46,20 @@ def work(case: str, side: str) -> None:
     tell({'first_seconds': timed(run), 'tera_multiply_adds': adds})
     for _ in sys.stdin:
         tell({'seconds': timed(run)})
-    tell({'gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6})
+    tell({'gb': held(side)})
+
+
+def held(side: str) -> float:
+    """GB: the most that was allocated on the GPU, or of the process where there is none."""
+    if side.startswith(OURS):
+        import jax
+
+        found = (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
+    else:
+        import torch
+
+        found = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return found / 1e9 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def timed(run: Callable) -> float:
@@ -57,6 +70,10 @@ def timed(run: Callable) -> float:
 
 def tell(what: dict) -> None:
     print(json.dumps(what), flush=True)
+
+
+class Ended(Exception):
+    """A side's process."""
 
 
 class Side:
@@ -71,7 +88,7 @@ class Side:
     def read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f'{self.name} ended with {self.process.wait()}: its error is above')
+            raise Ended(f'{self.name} ended with {self.process.wait()}: its error is above')
         return json.loads(line)
 
     def call(self) -> None:
@@ -90,7 +107,17 @@ class Side:
 
 def compare(case: str, names: tuple[str, ...]) -> list[dict]:
     """A row for each of these sides, called in turn; ratios in those behind the first."""
-    sides = [Side(case, name) for name in names]
+    sides = []
+    try:
+        for name in names:
+            sides.append(Side(case, name))
+        return timed_in_turn(case, names, sides)
+    finally:
+        for side in sides:
+            side.process.kill()
+
+
+def timed_in_turn(case: str, names: tuple[str, ...], sides: list[Side]) -> list[dict]:
     for _ in range(REPEATS.value):
         for side in sides:
             side.call()
@@ -118,6 +145,7 @@ def main(_):
 
     rows = []
     about = timing.machine() | {'torch': torch.__version__, 'repeats': REPEATS.value}
+    about['matmul_gflops'] = timing.matmul_peak(dtype=timing.dtype())
     for case, pairs in PAIRS.items():
         if ONLY.value not in case:
             continue
@@ -125,9 +153,14 @@ def main(_):
             others = (pairs[0][:1] if pairs[0][0] == OURS else ()) + ('compiled',)
             pairs += (others,)
         for names in pairs:
-            for row in compare(case, names):
-                rows.append(row)
-                print(line(row), flush=True)
+            try:
+                found = compare(case, names)
+            except Ended as e:  # the other pairs do not need it
+                print(f'{case}: {e}', flush=True)
+                rows.append({'case': case, 'sides': names, 'error': str(e)})
+                continue
+            rows += found
+            print(*map(line, found), sep='\n', flush=True)
         if OUT.value:
             atomic.write(OUT.value, json.dumps(about | {'rows': rows}, indent=1) + '\n')
 
@@ -141,7 +174,7 @@ def line(row: dict) -> str:
         low, high = row['seconds_ratio_spread']
         told += f'   {row["against"]} / {row["side"]}: time {row["seconds_ratio"]:.2f}'
         told += f' ({low:.2f} to {high:.2f}), memory {row["gb_ratio"]:.2f}'
-        target = TARGETS.get(row['case'], {}) if row['side'] in ('plain', 'diffusers') else {}
+        target = TARGETS.get(row['case'], {})
         told += ''.join(f', target {name} <= {x}' for name, x in target.items())
     return told
 

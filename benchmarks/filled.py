@@ -29,7 +29,9 @@ def fill(tree):
                 jnp.arange(x.size).reshape(x.shape).astype(x.dtype) % 2, x.sharding
             )
         kind = ''
-        if jax.tree_util.keystr(path[-1:], simple=True) in ('scale', 'std'):
+        # Behind the names of modules' parameters comes that of the value.
+        words = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+        if [x for x in words if x != 'value'][-1:] in (['scale'], ['std']):
             kind = 'scale'
         elif '/nu/' in jax.tree_util.keystr(path, simple=True, separator='/'):
             kind = 'positive'  # Adam's mean of squares

@@ -23,10 +23,11 @@ def ours(case: str, side: str = OURS):
     from cmd_jax.models.autoencoder import VideoAutoencoder
     from cmd_jax.models.content import ContentDiT
     from cmd_jax.models.dit import SIZES
+    from cmd_jax.models.layers import in_compute_dtype
+    from cmd_jax.parallel.mesh import compute_dtype
     from cmd_jax.stable_diffusion import UNet, weights
-    from cmd_jax.training import parts
 
-    dtype = parts.compute_dtype('auto')
+    dtype = compute_dtype('auto')
     t = jax.ShapeDtypeStruct((1,), jnp.float32)
 
     def shape(*sizes):
@@ -55,7 +56,10 @@ def ours(case: str, side: str = OURS):
         sizes = stable_diffusion.arguments('sd21', 'unet')
         network = weights.abstract(UNet, **sizes, dtype=dtype)
         inputs = (shape(1, 64, 128, 4), t, shape(1, 77, 1024))
-    graphdef, params = nnx.split(network, nnx.Param)
+    if case != AUTOENCODER:  # as a generator keeps it
+        network = in_compute_dtype(network)
+    graphdef, state = nnx.split(network, nnx.Param)
+    params = nnx.to_pure_dict(state)
 
     def forward(params, *inputs):
         return nnx.merge(graphdef, params)(*inputs)
@@ -83,13 +87,13 @@ def theirs(case: str, side: str):
     torch.manual_seed(0)
 
     def make():
-        import diffusers
-
-        from benchmarks.torch_autoencoder import VideoAutoencoder
-
         one, text = torch.tensor([500]), torch.randn(1, 77, 1024)
         if case == AUTOENCODER:
+            from benchmarks.torch_autoencoder import VideoAutoencoder
+
             return VideoAutoencoder(), (torch.rand(1, 16, 48, 48, 3) * 2 - 1,)
+        import diffusers
+
         if case == DIT:
             model = diffusers.DiTTransformer2DModel(
                 num_attention_heads=16,
@@ -133,7 +137,7 @@ def theirs(case: str, side: str):
         model = model.to('cuda', torch.bfloat16)
         inputs = [x.to('cuda', torch.bfloat16 if x.is_floating_point() else None) for x in inputs]
         if side == 'compiled':
-            model = torch.compile(model)
+            model = torch.compile(model.to(memory_format=torch.channels_last), mode='max-autotune')
 
     def run():
         call(model, inputs)

@@ -108,6 +108,7 @@ def table(rows: dict) -> str:
 def main():
     """Makes the rows that are missing, and prints the tables."""
     jax.config.update('jax_enable_compilation_cache', False)
+    compile_only.find_all(SLICES)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     work = [
         (f'{title} on {name}', train_row, arg, name) for title, *arg in CONFIGS for name in SLICES

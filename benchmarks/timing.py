@@ -2,13 +2,14 @@
 
 import os
 import platform
+import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 
 from cmd_jax.models import flops
-from cmd_jax.training import parts
+from cmd_jax.parallel.mesh import compute_dtype
 
 
 def measure(fn, *args, seconds: float = 2.0) -> dict:
@@ -29,19 +30,38 @@ def measure(fn, *args, seconds: float = 2.0) -> dict:
 
 def dtype():
     """What networks compute in on this device."""
-    return parts.compute_dtype('auto')
+    return compute_dtype('auto')
 
 
 def matmul_peak(size: int | None = None, repeats: int = 5, dtype=jnp.float32) -> float:
-    """GFLOP/s of a product of two matrices; `size`: 4,096 a side on CPUs, 8,192 elsewhere."""
-    size = size or (4096 if jax.default_backend() == 'cpu' else 8192)
+    """GFLOP/s of products of two matrices, the median of `repeats`; `size`: 4,096 a side on CPUs,
+    8,192 elsewhere."""
+    cpu = jax.default_backend() == 'cpu'
+    size, chain = size or (4096 if cpu else 8192), 1 if cpu else 16
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(lambda a: a @ a)
+    # One after the other, scaled to stay finite: a call a product would be timed with it.
+    product = jax.jit(lambda a: jax.lax.fori_loop(0, chain, lambda _, b: a @ b * size**-0.5, a))
     jax.block_until_ready(product(a))
-    started = time.time()
-    for _ in range(repeats):
+    warm, times = time.perf_counter() + (0.0 if cpu else 0.5), []
+    # Accelerators take a while to raise their clock.
+    while time.perf_counter() < warm or len(times) < repeats:
+        before = time.perf_counter()
         jax.block_until_ready(product(a))
-    return repeats * 2e-9 * size**3 / (time.time() - started)
+        times.append(time.perf_counter() - before)
+    return chain * 2e-9 * size**3 / statistics.median(times[-repeats:])
+
+
+def processor() -> str:
+    """Its name, and the widest vectors that it has."""
+    try:
+        with open('/proc/cpuinfo') as file:
+            lines = dict(x.split(':', 1) for x in file.read().splitlines() if ':' in x)
+    except OSError:
+        return platform.processor()
+    about = {name.strip(): value.strip() for name, value in lines.items()}
+    words = about.get('flags', '').split()
+    widest = next((x for x in ('amx_tile', 'avx512f', 'avx2') if x in words), '')
+    return f'{about.get("model name", platform.machine())} {widest}'.strip()
 
 
 def machine() -> dict:
@@ -51,6 +71,7 @@ def machine() -> dict:
         'cores': os.cpu_count(),
         'python': platform.python_version(),
         'jax': jax.__version__,
+        'processor': processor(),
         'glibc_tunables': os.environ.get('GLIBC_TUNABLES'),
         'date': time.strftime('%Y-%m-%d'),
     }

@@ -30,9 +30,9 @@ def rotated(x, turn):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def turns(count: int, width: int):
+def turns(count: int, width: int, like):
     angles = torch.arange(count)[:, None] * torch.logspace(0, -1, width)
-    return angles.cos(), angles.sin()
+    return angles.cos().to(like), angles.sin().to(like)
 
 
 class Block(nn.Module):
@@ -59,7 +59,7 @@ class Backbone(nn.Module):
 
     def forward(self, x):
         _, t, h, w, _ = x.shape
-        turn_time, turn_space = turns(t, self.width), turns(h * w, self.width)
+        turn_time, turn_space = turns(t, self.width, x), turns(h * w, self.width, x)
         x = rearrange(x, 'b t h w k -> b t (h w) k')
         for block in self.blocks:
             x = block(x, turn_time, turn_space)

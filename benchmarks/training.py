@@ -2,12 +2,14 @@
 
     python -m benchmarks.training --out=benchmarks/results/training_h200.json
 
-The step of `train.py` on clips of 16 x 512 x 512 (configs/text_to_video.py:sd15), with all that is
-frozen in it (VAE, autoencoder, text encoder), random weights and a batch that lies on the device:
-one clip, and then twice as many until a step no longer fits (--batches names others). Medians of
---repeats steps with their spread. Model FLOPs are three forward passes of the trained network and
-what the frozen ones do, recomputation left out; the MFU is of the matrix-product rate measured on
-the same device in the same dtype.
+The step of `train.py` on clips of 16 x 512 x 512 (configs/text_to_video.py:sd15), random weights
+and a batch that lies on the device: one clip, four, and as many as fit by what these two need
+(--batches names others). As in the paper without the networks that are frozen: content and motion
+train on a latent cache, and the autoencoder on frames of the latents' size, in three channels
+instead of four. --frozen takes clips of pixels instead, with VAE, autoencoder and text encoder in
+each step. Medians of --repeats steps with their spread. Model FLOPs are three forward passes of the
+trained network and what frozen ones do, recomputation left out; the MFU is of the matrix-product
+rate measured on the same device in the same dtype.
 
 After each row the file is written, so that a time limit costs what comes behind it alone.
 """
@@ -15,6 +17,7 @@ After each row the file is written, so that a time limit costs what comes behind
 import dataclasses
 import gc
 import json
+import math
 import statistics
 import time
 
@@ -25,14 +28,13 @@ from ml_collections import config_flags
 from benchmarks import filled, timing
 from cmd_jax import atomic
 from cmd_jax.parallel.mesh import make_mesh
-from cmd_jax.training import compile_for, frozen, program, stages
+from cmd_jax.training import compile_for, frozen, parts, program, stages
 from cmd_jax.training import config as configs
 
 CONFIG = config_flags.DEFINE_config_file('config', 'configs/text_to_video.py:sd15,all')
 STAGES = flags.DEFINE_list('stages', list(configs.STAGES), 'Of them')
-BATCHES = flags.DEFINE_list(
-    'batches', None, 'Batch sizes; 1, 2, 4, ... while they fit if not given'
-)
+BATCHES = flags.DEFINE_list('batches', None, 'Batch sizes; 1, 4 and the largest if not given')
+FROZEN = flags.DEFINE_bool('frozen', False, 'With the frozen networks in each step')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed steps', lower_bound=1)
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 
@@ -40,6 +42,40 @@ OUT = flags.DEFINE_string('out', None, 'JSON file')
 PAPER = {'autoencoder': (0.109, 8.93), 'content': (0.151, 21.5), 'motion': (0.100, 18.7)}
 TARGETS = {'autoencoder': 0.40, 'content': 0.35, 'motion': 0.45}
 LARGEST = 1024
+ROOM = 0.85  # of the device's memory, that the largest batch may take
+
+
+def without_frozen(name: str, config: configs.Config) -> configs.Config:
+    """The same network's training without those that are frozen."""
+    source = config.stable_diffusion.source
+    if name != 'autoencoder':
+        data = dataclasses.replace(config.data, source='latents:none')
+        return dataclasses.replace(config, data=data)
+    if not source:
+        return config
+    height, width, _ = parts.frame_shape(config)
+    stage = config.autoencoder
+    loss = dataclasses.replace(stage.loss, l1_weight=0.0, l2_weight=1.0, lpips_weight=0.0)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, height=height, width=width),
+        condition='class',
+        stable_diffusion=dataclasses.replace(config.stable_diffusion, source=''),
+        autoencoder=dataclasses.replace(stage, loss=loss),
+    )
+
+
+def largest(rows: list[dict]) -> int | None:
+    """The largest power of two that fits, by the memory of two batch sizes; None: not known."""
+    limit = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
+    if not limit or len(rows) < 2:
+        return None
+    (small, low), (large, high) = (
+        (row['batch_size'], row['state_and_batch_gb'] + row['work_gb']) for row in rows[-2:]
+    )
+    each = max((high - low) / (large - small), 1e-6)
+    fits = small + (ROOM * limit / 1e9 - low) / each
+    return min(LARGEST, 2 ** int(math.log2(fits))) if fits > large else None
 
 
 def measure(name: str, config: configs.Config, batch_size: int, peak: float) -> dict | None:
@@ -97,18 +133,23 @@ def main(_):
     config = configs.parse(CONFIG.value.to_dict())
     peak = timing.matmul_peak(dtype=timing.dtype()) * 1e9
     about = timing.machine() | {'matmul_tflops': peak / 1e12, 'repeats': REPEATS.value}
-    about |= {'data': CONFIG.value.to_dict()['data']}
+    about |= {'data': CONFIG.value.to_dict()['data'], 'frozen': FROZEN.value}
     rows = []
-    sizes = BATCHES.value or [2**i for i in range(LARGEST.bit_length())]
     for name in STAGES.value:
-        for size in map(int, sizes):
-            row = measure(name, config, size, peak)
+        mine, found = config if FROZEN.value else without_frozen(name, config), []
+        sizes = [int(size) for size in BATCHES.value or (1, 4)]
+        while sizes:
+            size = sizes.pop(0)
+            row = measure(name, mine, size, peak)
             gc.collect()
             if row is None:
                 print(f'{name:12} {size:4}  does not fit', flush=True)
                 break
+            found.append(row)
             rows.append(row)
             print(line(row), flush=True)
+            if not (BATCHES.value or sizes) and len(found) == 2 and (most := largest(found)):
+                sizes.append(most)
             if OUT.value:
                 atomic.write(OUT.value, json.dumps(about | {'rows': rows}, indent=1) + '\n')
 

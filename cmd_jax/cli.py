@@ -5,6 +5,7 @@ a preemption notice 75 (the same command goes on); anything else keeps its trace
 processes, one that fails ends the others.
 """
 
+import contextlib
 import difflib
 import logging as stdlogging
 import os
@@ -56,10 +57,22 @@ def run(main: Callable[[], None]):
             if coordination.watch() is None:
                 raise
             # Leaving as usual would wait for the others, which wait for this one.
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # nobody listens any more
+                traceback.print_exc()
             _end(1, traceback.format_exception_only(e)[-1].strip().splitlines()[0][:300])
 
     app.run(guarded, flags_parser=parse)
+
+
+def only_with(name: str, *others: str):
+    """Raises UserError where others of the script's flags are given without this one, or this one
+    without a value."""
+    flag = flags.FLAGS[name]
+    if flag.present and not flag.value:
+        raise UserError(f'--{name} is empty: name something, or leave it out')
+    given = [other for other in others if flags.FLAGS[other].present]
+    if given and not flag.present:
+        raise UserError(f'--{given[0]} needs --{name}: give it, or leave --{given[0]} out')
 
 
 def distributed_flags():
@@ -161,7 +174,8 @@ def fail(message: str):
 
 def _say(line: str):
     index = coordination.place()[0]
-    print(f'[process {index}] {line}' if index else line, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody listens any more
+        print(f'[process {index}] {line}' if index else line, file=sys.stderr, flush=True)
 
 
 def _end(code: int, reason: str):

@@ -42,8 +42,13 @@ def writable(name: str, folder: str | os.PathLike) -> pathlib.Path:
     """Makes a folder, or says that it cannot be before anything costly is done.
 
     Raises:
-      UserError: `name`=folder cannot be written.
+      UserError: `name`=folder cannot be written, or is an address rather than a folder.
     """
+    if '://' in str(folder):
+        raise UserError(
+            f'{name}={str(folder)!r} is an address: give a folder, such as one that the bucket is '
+            'mounted on'
+        )
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

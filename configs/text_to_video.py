@@ -60,6 +60,8 @@ def get_config(arg: str = 'all'):
         config[stage]['train']['steps'] = 125_000
     # Without recomputation; few images at a time, that 16 GiB are enough.
     config['content']['train']['device_batch'] = 2 if wide else 4
+    # Steps of seconds: no more than a part of an hour is to be done again.
+    config['content']['train']['save_every'] = 250
     return common.finish(config, ','.join(words), tiny)
 
 

@@ -179,6 +179,14 @@ def test_several_slices_and_one_chip():
     assert len(compile_only.find('v4:2x2x2').devices) == 8, 'a device a chip, not a core'
 
 
+def test_a_step_for_several_slices():
+    """In a process of its own: what the compiler is told holds for the whole process."""
+    config = '--config=configs/quickstart.py:motion,tiny'
+    done = script('train.py', config, '--compile_for=v5e:2x2*2')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'motion on v5e:2x2*2 (8 chips)' in done.stdout and 'data 2' in done.stdout
+
+
 def test_no_compiler_is_one_line(monkeypatch):
     real = builtins.__import__
 
@@ -196,6 +204,9 @@ def test_sampling(tmp_path):
     config = '--config=configs/quickstart.py:all,tiny'
     failed = script('sample.py', config, '--compile_for=v5e:2x2')
     one_error(failed, '--num_videos=1', 'multiple of 4')
+    failed = script('sample.py', config, '--compile_for=v5e:1x1', '--steps=5000')
+    one_error(failed, 'steps=5000 is out of range')
+    one_error(script('sample.py', '--workdir=x', '--compile_report=y'), 'needs --compile_for')
     out = tmp_path / 'report.json'
     done = subprocess.run(
         [
@@ -229,6 +240,9 @@ def test_sampling(tmp_path):
 def test_the_command(tmp_path):
     config = '--config=configs/quickstart.py:autoencoder,tiny'
     one_error(script('train.py', config, '--compile_for=v5e:9'), '2 axes')
+    one_error(script('train.py', config, '--compile_for=', '--workdir=x'), '--compile_for is empty')
+    one_error(script('train.py', config, '--largest_batch', '--workdir=x'), 'needs --compile_for')
+    one_error(script('train.py', config, '--workdir=gs://b/x'), "'gs://b/x' is an address")
     out = tmp_path / 'report.json'
     done = subprocess.run(
         [

@@ -122,6 +122,9 @@ def test_differences_are_those_that_bear_on_the_stage():
     tree = tiny.tree()
     tree['content']['train']['steps'] = 7
     tree['mesh']['tensor'] = 2
+    # How it is gone about, which a smaller slice may need otherwise.
+    tree['content']['train'].update(device_batch=2, save_every=5, log_every=3, keep_every=4)
+    tree['data']['workers'] = 3
     tree['autoencoder']['train']['steps'] = 9
     new = configs.parse(tree)
     assert configs.differences('content', old, new) == ['content.train.steps: 6 -> 7']

@@ -96,6 +96,51 @@ def test_three_processes_work_as_one(tmp_path):
     assert [err.startswith(f'[process {i}] W') for i, err in enumerate(errs)] == [False, True, True]
 
 
+def test_folders_that_are_not_shared(tmp_path, monkeypatch):
+    body = f"""
+        distributed.SHARED_SECONDS = 1.0
+        shared, own = {str(tmp_path)!r}, os.path.join({str(tmp_path)!r}, str(index))
+        os.makedirs(own)
+        distributed.check_shared('workdir', shared)
+        say(os.listdir(own))
+        distributed.check_shared('workdir', own)
+    """
+    with processes(body) as started:
+        codes, outs, errs = ends(started)
+    assert codes == [2, 2, 2] and all(json.loads(out) == [[]] for out in outs), errs
+    assert "/0' is another folder in process 1, 2 than in process 0: give one" in errs[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['0', '1', '2']
+
+
+@pytest.mark.parametrize('who', [0, 1])
+def test_one_that_is_killed_ends_all(who):
+    """With a code at which the loop of docs/pods.md starts it again."""
+    body = f"""
+        if index == {who}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        distributed.barrier('nobody comes')
+    """
+    with processes(body, 2) as started:
+        said = [one.communicate(timeout=150) for one in started.values()]
+        codes = [one.returncode for one in started.values()]
+    assert codes.pop(who) == -signal.SIGKILL
+    assert codes in ([1], [-signal.SIGABRT]), said
+
+
+def test_one_that_fails_where_nobody_listens_ends_all():
+    body = """
+        if index == 1:
+            read, write = os.pipe()
+            os.close(read)
+            os.dup2(write, 2)
+            raise RuntimeError('unheard')
+        distributed.barrier('nobody comes')
+    """
+    with processes(body, 2) as started:
+        codes, _, errs = ends(started)
+    assert codes == [1, 1] and 'process 1 has ended (RuntimeError: unheard)' in errs[0]
+
+
 def test_who_does_not_appear_is_named():
     begun = time.monotonic()
     with processes('', ids=[0, 2], timeout=4) as started:

@@ -2,19 +2,19 @@
 
 import pytest
 
-from benchmarks import flops
+from benchmarks import counts
 
 TRUE = {50: 59.8}  # T multiply-adds with those inside attention
 
 
 @pytest.fixture(scope='module')
 def rows():
-    return {row['name']: row for row in flops.table()}
+    return {row['name']: row for row in counts.table()}
 
 
 def test_what_the_paper_counts(rows):
     told = [row for row in rows.values() if row['paper'] is not None]
-    assert len(told) == len(flops.PARTS) + len(flops.SAMPLING)
+    assert len(told) == len(counts.PARTS) + len(counts.SAMPLING)
     for row in told:
         # To the digits that are printed, or to 1 %.
         close = row['fvcore'] == pytest.approx(row['paper'], rel=0.01)

@@ -33,6 +33,26 @@ def config(stage='autoencoder', **train):
     return configs.parse(tree)
 
 
+def test_a_bar_that_nobody_looks_at_stops_nothing(monkeypatch):
+    class Closed:
+        def write(self, _):
+            raise BrokenPipeError
+
+        flush = write
+
+    def use():
+        bar.update(1)
+        bar.show({'loss': 1.0})
+        bar.close()
+
+    bar = metrics.Progress('closed later', 0, 5, 2, 1e9)
+    monkeypatch.setattr(bar.bar, 'fp', Closed())
+    use()
+    monkeypatch.setattr('sys.stderr', Closed())
+    bar = metrics.Progress('closed before', 0, 5, 2, 1e9)
+    use()
+
+
 def host_batches(monkeypatch):
     """Batches after the first one are left to the compiled step to move."""
     put, calls = loop.put_batch, []

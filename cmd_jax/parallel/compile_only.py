@@ -10,6 +10,7 @@ import os
 import re
 import time
 import typing
+from collections.abc import Sequence
 
 import jax
 
@@ -66,6 +67,18 @@ class Slice:
     devices: list
 
 
+# Passes on several threads; programs for several slices fail with it.
+PARALLEL = '--xla_tpu_impure_hlo_parallel_compile=true'
+
+
+def find_all(names: Sequence[str]) -> list[Slice]:
+    """The slices of these names, in one process; raises what `find` raises."""
+    # The compiler reads it once in a process.
+    if not any('*' in name for name in names):
+        os.environ.setdefault('LIBTPU_INIT_ARGS', PARALLEL)
+    return [find(name) for name in names]
+
+
 def find(name: str) -> Slice:
     """The slice of that name.
 
@@ -89,7 +102,6 @@ def find(name: str) -> Slice:
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
     # No TPU is taken: several processes may compile.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')
-    os.environ.setdefault('LIBTPU_INIT_ARGS', '--xla_tpu_impure_hlo_parallel_compile=true')
     try:
         import libtpu  # noqa: F401
     except ImportError as e:

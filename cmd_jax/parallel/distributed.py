@@ -19,6 +19,7 @@ from cmd_jax.parallel.coordination import exit_at_once, place, watch
 
 MODES = ('auto', 'on', 'off')
 CACHE_BYTES = 8 * 2**30
+SHARED_SECONDS = 15.0  # that a file of one process may take to be seen by the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +285,34 @@ def barrier(name: str):
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def check_shared(name: str, folder: str | os.PathLike):
+    """Raises UserError in processes that see another folder of that name than process 0."""
+    index, count = place()
+    if count == 1:
+        return
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    token = int(multihost_utils.broadcast_one_to_all(np.int32(time.time_ns() % 2**31)))
+    path = os.path.join(folder, f'.seen-by-all-{token}')
+    if index == 0:
+        open(path, 'x').close()
+    barrier('a file for all to see')
+    # Network file systems show new files late.
+    end = time.monotonic() + SHARED_SECONDS
+    while not (there := os.path.exists(path)) and time.monotonic() < end:
+        time.sleep(0.2)
+    seen = multihost_utils.process_allgather(np.array(there)).reshape(-1)
+    if index == 0:
+        os.unlink(path)
+    if not seen.all():
+        blind = ', '.join(str(i) for i in np.flatnonzero(~seen))
+        raise UserError(
+            f'{name}={str(folder)!r} is another folder in process {blind} than in process 0: give '
+            'one that all hosts see, such as a network file system'
+        )
 
 
 def any_process(flag: bool) -> bool:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -164,6 +165,14 @@ def platform() -> str:
     """Of the mesh if one is set (it may describe devices that are not here), else of this host."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
+
+
+def compute_dtype(precision: str):
+    """What linear layers compute in: 'auto' is bfloat16 on the accelerators of the mesh that is set
+    (or of this host), and float32 on CPUs."""
+    if precision == 'auto':
+        precision = 'float32' if platform() == 'cpu' else 'bfloat16'
+    return jnp.dtype(precision)
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -150,7 +150,7 @@ def run(
     Raises:
       UserError: an unknown slice, no TPU compiler, or a config that does not suit the slice.
     """
-    slices = [compile_only.find(name) for name in names]
+    slices = compile_only.find_all(names)
     if out:
         writable('--compile_report', Path(out).parent)
     # Programs for other machines cannot be read back from it.
@@ -164,9 +164,9 @@ def run(
                 report = dataclasses.replace(report, largest_batch=found)
             print(report.lines(), flush=True)
             reports.append(report)
-    if out:
-        rows = [report.row() for report in reports]
-        atomic.write(out, json.dumps(rows, indent=1) + '\n')
+            if out:  # each, as the next one may take minutes and fail
+                rows = [report.row() for report in reports]
+                atomic.write(out, json.dumps(rows, indent=1) + '\n')
     return reports
 
 

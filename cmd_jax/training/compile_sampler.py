@@ -21,7 +21,7 @@ from cmd_jax.models.flops import count
 from cmd_jax.models.layers import in_compute_dtype
 from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel import compile_only
-from cmd_jax.parallel.mesh import batch_sharding, batch_ways, make_mesh, replicated
+from cmd_jax.parallel.mesh import batch_sharding, batch_ways, compute_dtype, make_mesh, replicated
 from cmd_jax.stable_diffusion import weights
 from cmd_jax.stable_diffusion.folder import PARTS
 from cmd_jax.training import config as configs
@@ -89,6 +89,8 @@ class SamplerReport:
             if cost is not None:
                 told = f'{self.flops[name] / 1e12:.4g} TFLOP, work {gigabytes(cost.work)}, '
                 told += f'compiled in {cost.seconds:.0f} s'
+                moved = sum(x['bytes'] for x in cost.collectives.values())
+                told += f', {gigabytes(moved)} between chips' if moved else ''
             rows.append((name, told))
         if self.peak is not None:
             rows.append(('peak', f'{gigabytes(self.peak)} of {gigabytes(self.memory_bytes)}'))
@@ -105,6 +107,7 @@ def run(
     videos: int,
     *,
     classes: int | None = None,
+    options: dict | None = None,
     search: bool = False,
     out: str | Path | None = None,
 ) -> list[SamplerReport]:
@@ -115,22 +118,23 @@ def run(
       names: of slices, such as 'v5e:1x1'.
       videos: at a time, on all chips.
       classes: of the run's data; None: see `compile_for.known_classes`.
+      options: of sampling, see `parts.sampling_options`; the config's where nothing is given.
       search, out: see `compile_for.run`.
 
     Raises:
       UserError: an unknown slice, no TPU compiler, or videos that do not split over the slice.
     """
-    slices = [compile_only.find(name) for name in names]
+    slices = compile_only.find_all(names)
     if out:
         writable('--compile_report', Path(out).parent)
     # Programs for other machines cannot be read back from it.
     jax.config.update('jax_enable_compilation_cache', False)
     reports = []
     for place in slices:
-        reports.append(measure(config, place, videos, classes, search))
+        reports.append(measure(config, place, videos, classes, options, search))
         print(reports[-1].lines(), flush=True)
-    if out:
-        atomic.write(out, json.dumps([report.row() for report in reports], indent=1) + '\n')
+        if out:
+            atomic.write(out, json.dumps([report.row() for report in reports], indent=1) + '\n')
     return reports
 
 
@@ -139,6 +143,7 @@ def measure(
     place: compile_only.Slice,
     videos: int,
     classes: int | None = None,
+    options: dict | None = None,
     search: bool = False,
 ) -> SamplerReport:
     """The cost of sampling on one slice."""
@@ -150,7 +155,7 @@ def measure(
         )
     classes = known_classes(config) if classes is None else classes
     with jax.set_mesh(mesh):
-        networks, called = calls(config, classes, videos, mesh)
+        networks, called = calls(config, classes, videos, mesh, options)
         flops = {name: call.flops() for name, call in called.items()}
         costs = {}
         for name, call in called.items():
@@ -196,7 +201,7 @@ class Call:
 
 
 def calls(
-    config: configs.Config, classes: int, videos: int, mesh
+    config: configs.Config, classes: int, videos: int, mesh, options: dict | None = None
 ) -> tuple[dict[str, nnx.Module], dict[str, Call]]:
     """Abstract networks, and the calls that sampling consists of: 'content frame', 'motion latent'
     and 'video', each with what it takes of the ones before.
@@ -204,9 +209,10 @@ def calls(
     Args:
       classes: 0: none; captions count as none.
       videos: at a time, on all devices of the mesh.
+      options: see `run`.
     """
     text, source = config.condition == 'text', config.stable_diffusion.source
-    dtype, batch = parts.compute_dtype('auto'), batch_sharding(mesh)
+    dtype, batch = compute_dtype('auto'), batch_sharding(mesh)
 
     def shaped(make):
         return in_compute_dtype(frozen.shaped(nnx.eval_shape(lambda: make(make_rngs(0))), mesh))
@@ -237,10 +243,8 @@ def calls(
         if parts.text_source(config, 'motion') == source:
             del networks['text of motion']
 
-    def chosen(stage):
-        found = getattr(config, stage).sampling
-        return found if text or classes else dataclasses.replace(found, guidance=1.0)
-
+    chosen = dict.fromkeys(('content', 'motion'), config)
+    chosen = parts.sampling_options(chosen, bool(text or classes), **(options or {}))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), videos))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=batch)
     frame, autoencoder = parts.frame_shape(config), networks['autoencoder']
@@ -259,8 +263,7 @@ def calls(
             dict(
                 process=parts.make_process(config.content.process),
                 shape=frame,
-                sampling=chosen('content'),
-                **parts.content_sampling(config),
+                **chosen['content'],
             ),
         ),
         'motion latent': Call(
@@ -275,8 +278,7 @@ def calls(
             ),
             dict(
                 process=parts.make_process(config.motion.process),
-                sampling=chosen('motion'),
-                content_noise=config.motion.content_noise,
+                **chosen['motion'],
             ),
         ),
         'video': Call(

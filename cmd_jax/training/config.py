@@ -341,12 +341,18 @@ def join(path: str, name: str) -> str:
 
 
 FRAMES = ('stable_diffusion.source', 'stable_diffusion.posterior')
-# A stage's run keeps what bears on it. A run may go on with another mesh.
+# A stage's run keeps what bears on it. It may go on with another mesh,
 RELEVANT = {
     'autoencoder': ('seed', 'data', *FRAMES, 'autoencoder'),
     'content': ('seed', 'data', *FRAMES, 'condition', 'autoencoder.model', 'content'),
     'motion': ('seed', 'data', *FRAMES, 'condition', 'autoencoder.model', 'motion'),
 }
+
+# with other parts of a batch at a time, and be saved, shown and told of otherwise.
+FREE = (
+    *('train.device_batch', 'train.save_every', 'train.keep_checkpoints', 'train.keep_every'),
+    *('train.log_every', 'train.preview_every', 'train.test_clips', 'data.workers'),
+)
 
 
 def flatten(config: Config) -> dict:
@@ -368,7 +374,7 @@ def differences(stage: str, stored: Config, given: Config) -> list[str]:
     return [
         f'{k}: {old[k]!r} -> {new[k]!r}'
         for k in new
-        if old[k] != new[k] and k.startswith(RELEVANT[stage])
+        if old[k] != new[k] and k.startswith(RELEVANT[stage]) and not k.endswith(FREE)
     ]
 
 

@@ -19,7 +19,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
 from cmd_jax.models.layers import in_compute_dtype
 from cmd_jax.models.rngs import make_rngs
-from cmd_jax.parallel.mesh import param_sharding, replicated
+from cmd_jax.parallel.mesh import compute_dtype, param_sharding, replicated
 from cmd_jax.parallel.placement import fetch, put, put_batch
 from cmd_jax.stable_diffusion import weights
 from cmd_jax.stable_diffusion.folder import PARTS
@@ -75,7 +75,7 @@ def load_text(
     if cached:
         return texts.given(data.source.empty_prompt(), pooled=name == 'motion', mesh=mesh)
     encoder = parts.load_frozen(parts.text_source(config, name), ('text_encoder',), mesh)
-    dtype = parts.compute_dtype(getattr(config, name).train.precision)
+    dtype = compute_dtype(getattr(config, name).train.precision)
     return texts.make(encoder, data.captions, pooled=name == 'motion', dtype=dtype, mesh=mesh)
 
 
@@ -86,7 +86,7 @@ def abstract(name: str, config: configs.Config, mesh) -> tuple[Frozen, dict]:
     a latent cache (`data.source=latents:…`), which has features of text.
     """
     section, data = getattr(config, name), config.data
-    source, dtype = config.stable_diffusion.source, parts.compute_dtype('auto')
+    source, dtype = config.stable_diffusion.source, compute_dtype('auto')
     # Not parsed: the place may be left out.
     cached = data.source.startswith('latents:')
 
@@ -116,7 +116,7 @@ def abstract(name: str, config: configs.Config, mesh) -> tuple[Frozen, dict]:
         encoder = pretrained(parts.text_source(config, name), 'text_encoder')
         pooled = name == 'motion'
         null = (encoder.dim,) if pooled else (encoder.length, encoder.dim)
-        kept = jnp.float32 if cached else parts.compute_dtype(section.train.precision)
+        kept = jnp.float32 if cached else compute_dtype(section.train.precision)
         leaf = jax.ShapeDtypeStruct(null, kept, sharding=replicated(mesh))
         if cached:
             networks['text'], batch['text'] = texts.Given(leaf), ((size, *null), kept)

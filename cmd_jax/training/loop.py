@@ -13,7 +13,7 @@ from flax import nnx
 from cmd_jax import atomic
 from cmd_jax.data import pipeline
 from cmd_jax.errors import UserError, writable
-from cmd_jax.parallel.distributed import barrier, is_main
+from cmd_jax.parallel.distributed import barrier, check_shared, is_main
 from cmd_jax.parallel.mesh import batch_ways, make_mesh
 from cmd_jax.parallel.placement import batch_share, put_batch
 from cmd_jax.parallel.preemption import Deferred
@@ -48,6 +48,7 @@ def train(
       UserError: for what the user can mend.
       Interrupted: after Ctrl-C, SIGTERM or a notice of preemption, the state being saved.
     """
+    writable('workdir', workdir)
     workdir = Path(workdir)
     names = configs.STAGES if config.stage == 'all' else (config.stage,)
     meshes = {}
@@ -56,6 +57,7 @@ def train(
         meshes[name] = make_mesh(**vars(config.mesh), batch=batch)
         batch_share(meshes[name])
         check_config(name, config, workdir / name, force_config)
+    check_shared('workdir', workdir)
     data = stages.load_data(config)
     for name in names:
         stages.check(name, config, len(data.class_names), meshes[name])
@@ -173,7 +175,8 @@ def train_stage(
             if main and due:
                 told = {k: float(v) for k, v in jax.device_get(scalars).items()}
                 progress.update(step)
-                told['learning_rate'] = float(rates[step])
+                # The optimizer does not count what is skipped.
+                told['learning_rate'] = float(rates[step - int(told['skipped'])])
                 told |= progress.speed(step)
                 progress.show(told)
                 metrics.write(step, told)
@@ -196,23 +199,24 @@ def train_stage(
             before = step, scalars, batch
             checkpoints.check()
             last, stop = step == settings.steps, deferred.reached()
-            save = step % settings.save_every == 0 or last or stop
             look = previews.due(step, settings)
+            # What is saved may be left at once, and a preview takes its time.
+            save = step % settings.save_every == 0 or last or stop or look
             # What the metrics tell is never behind what is saved; and after what may be the last
             # skipped update allowed, no other one changes the parameters that a dump needs.
-            if save or look or nonfinite + 1 >= settings.max_nonfinite:
+            if save or nonfinite + 1 >= settings.max_nonfinite:
                 nonfinite = settle(*before)
                 before = None
             with jax.transfer_guard('allow'):
                 if save:
                     checkpoints.save(state, statistics, batches.position)
-                if save and (look or stop):
+                if look or stop:
                     # Who leaves earlier would take the others along.
                     checkpoints.wait()
                     barrier(f'{name} saved at step {step}')
                 if look and not stop:
-                    # What is saved may be left at once: the same command makes the preview.
-                    with deferred.at_once() if save else contextlib.nullcontext():
+                    # The same command makes the preview that is left.
+                    with deferred.at_once():
                         preview(step, state)
             if stop:
                 raise deferred.interrupted(f'{name} saved at step {step}')

@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard, the progress bar, model FLOP/s."""
 
+import contextlib
 import json
 import math
 import time
@@ -139,14 +140,19 @@ class Progress:
     """A bar with loss, videos/s, model FLOP/s and, where the device's peak is known, MFU."""
 
     def __init__(self, name: str, step: int, steps: int, batch_size: int, flops: float):
-        self.bar = tqdm(total=steps, initial=step, desc=name, unit='step', dynamic_ncols=True)
+        about = dict(total=steps, initial=step, desc=name, unit='step', dynamic_ncols=True)
+        try:
+            self.bar = tqdm(**about)
+        except OSError:  # nobody looks
+            self.bar = tqdm(**about, disable=True)
         self.batch_size, self.flops = batch_size, flops
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self.peak = peak and peak * jax.device_count()
         self.since = self.last = None
 
     def update(self, step: int):
-        self.bar.update(step - self.bar.n)
+        with contextlib.suppress(OSError):  # nobody looks at it any more: no reason to stop
+            self.bar.update(step - self.bar.n)
         # Speed is measured from the end of the first step.
         if self.since is None:
             self.since, self.last = time.time(), step
@@ -167,7 +173,10 @@ class Progress:
     def show(self, scalars: dict[str, float]):
         names = {'loss': 'loss', 'psnr': 'psnr', 'videos_per_second': 'videos/s'}
         names |= {'model_tflops_per_second': 'TFLOP/s', 'mfu': 'MFU'}
-        self.bar.set_postfix({b: f'{scalars[a]:.3g}' for a, b in names.items() if a in scalars})
+        told = {b: f'{scalars[a]:.3g}' for a, b in names.items() if a in scalars}
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix(told)
 
     def close(self):
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -15,17 +14,9 @@ from cmd_jax.errors import UserError, choose
 from cmd_jax.models.autoencoder import VideoAutoencoder
 from cmd_jax.models.content import ContentDiT
 from cmd_jax.models.motion import MotionDiT
-from cmd_jax.parallel.mesh import platform
+from cmd_jax.parallel.mesh import compute_dtype
 from cmd_jax.stable_diffusion import VAE, StableDiffusion, UNet
 from cmd_jax.training import config as configs
-
-
-def compute_dtype(precision: str):
-    """What linear layers compute in: 'auto' is bfloat16 on the accelerators of the mesh that is set
-    (or of this host), and float32 on CPUs."""
-    if precision == 'auto':
-        precision = 'float32' if platform() == 'cpu' else 'bfloat16'
-    return jnp.dtype(precision)
 
 
 def frame_shape(config: configs.Config) -> tuple[int, int, int]:

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from absl import logging
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from cmd_jax.parallel.mesh import replicated
+from cmd_jax.parallel.mesh import replicated, shard
 from cmd_jax.parallel.placement import put
 from cmd_jax.stable_diffusion import StableDiffusion, TextEncoder
 from cmd_jax.stable_diffusion.text import mean_over_text
@@ -37,7 +38,8 @@ class Table:
     null: Leaf
 
     def __call__(self, rows: Int[Array, 'b']) -> Float[Array, 'b *s']:
-        return self.features[rows]
+        found = self.features[rows]
+        return shard(found, 'batch', *[None] * (found.ndim - 1))
 
 
 @struct.dataclass
@@ -109,9 +111,9 @@ def make(
 
     def features(prompts):
         hidden, mean = encoder.encode(prompts)
-        return put(np.asarray(mean if pooled else hidden, dtype), replicated(mesh))
+        return np.asarray(mean if pooled else hidden, dtype)
 
-    null = features([''])[0]
+    null = put(features([''])[0], replicated(mesh))
     if captions is None or len(captions) * null.size * null.dtype.itemsize > table_bytes:
         logging.info('captions are encoded in each step')
         frozen = Encode(encoder.text_encoder, null, pooled)
@@ -122,7 +124,14 @@ def make(
     def lookup(batch):
         return np.asarray([rows[str(caption)] for caption in batch['caption']], np.int32)
 
-    return Texts(Table(features(list(rows)), null), lookup)
+    return Texts(Table(put_table(features(list(rows)), mesh), null), lookup)
+
+
+def put_table(features: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    """Each device has a part of the channels of all rows."""
+    split = 'fsdp' if features.shape[-1] % mesh.shape['fsdp'] == 0 else None
+    spec = PartitionSpec(*[None] * (features.ndim - 1), split)
+    return put(features, NamedSharding(mesh, spec))
 
 
 def given(empty_prompt: dict, *, pooled: bool, mesh: jax.sharding.Mesh) -> Texts:

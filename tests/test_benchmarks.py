@@ -1,0 +1,50 @@
+"""Each benchmark starts, and those that a GPU is waited for with measure something here."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Modules that the commands share.
+PARTS = {'__init__', 'counts', 'filled', 'networks', 'timing', 'torch_autoencoder'}
+
+
+def command(name, *flags):
+    return subprocess.Popen(
+        [sys.executable, '-m', f'benchmarks.{name}', *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_each_starts():
+    names = {path.stem for path in (ROOT / 'benchmarks').glob('*.py')} - PARTS
+    assert len(names) > 10
+    for name, started in {name: command(name, '--help') for name in sorted(names)}.items():
+        said = started.communicate()[0]
+        # absl's --help ends with 1, an error of flags or imports with a traceback.
+        assert started.returncode in (0, 1) and 'Traceback' not in said, (name, said[-2000:])
+        assert f'benchmarks.{name}' in said or f'benchmarks/{name}' in said, (name, said[-2000:])
+
+
+@pytest.mark.parametrize(
+    'name, flags',
+    [
+        ('sampling', ['--cases=1']),
+        ('training', ['--stages=motion', '--batches=2']),
+    ],
+)
+def test_measures(name, flags, tmp_path):
+    out = tmp_path / 'out.json'
+    config = '--config=configs/quickstart.py:all,tiny'
+    started = command(name, config, '--repeats=2', f'--out={out}', *flags)
+    said = started.communicate()[0]
+    assert started.returncode == 0, said[-2000:]
+    (row,) = json.loads(out.read_text())['rows']
+    low, high = row['seconds_spread']
+    assert 0 < low <= row['seconds'] <= high and row['tflop'] > 0 and 0 < row['mfu'] < 2
