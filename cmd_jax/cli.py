@@ -110,6 +110,11 @@ def _start():
             *(f.distributed, f.coordinator_address, f.process_count, f.process_id),
             f.startup_timeout,
         )
+    elif sign := distributed.launched():
+        raise UserError(
+            f'{sign}: {os.path.basename(sys.argv[0])} runs in one process, on all devices of its '
+            'host, and others would do the same work: start one'
+        )
     if 'compilation_cache' in f:
         distributed.cache_compiled(f.compilation_cache)
 

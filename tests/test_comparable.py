@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -131,6 +135,18 @@ def test_options_that_would_change_nothing(generator, tmp_path, not_decoded):
     ):
         with pytest.raises(UserError, match=what):
             carry_out(generator, 'generation', tmp_path, dataclasses.replace(FEW, **option))
+
+
+def test_several_processes_would_do_the_same_work():
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, 'evaluate.py', '--workdir=x', '--protocol=generation'],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=os.environ | {'OMPI_COMM_WORLD_SIZE': '4'},
+    )
+    assert done.returncode == 2 and 'evaluate.py runs in one process' in done.stderr
 
 
 def test_clips_of_another_length_than_the_protocols(generator, tmp_path):

@@ -144,7 +144,7 @@ def test_features_that_are_not_finite_are_an_error():
         frechet_distance(np.ones((1, 3)), x)
 
 
-@pytest.mark.parametrize('cuts', [(2,), (50,), (3, 5, 60)], ids=str)
+@pytest.mark.parametrize('cuts', [(2,), (50,), (3, 5, 60), (1, 89)], ids=str)
 def test_moments_do_not_depend_on_the_pieces(cuts):
     x = 100 + np.random.default_rng(5).normal(size=(90, 7))
     first, *rest = (Moments.of(part) for part in np.split(x, cuts))

@@ -28,12 +28,12 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, 'n d']) -> 'Moments':
-        """The moments of one piece, of two features at least.
+        """The moments of one piece.
 
         Raises:
-          ValueError: see `finite`.
+          ValueError: no features, or some are not finite.
         """
-        x = finite(features)
+        x = finite(features, 1)
         mean = x.mean(axis=0)
         return cls(len(x), mean, (x - mean).T @ (x - mean))
 
@@ -47,17 +47,19 @@ class Moments:
 
     @property
     def covariance(self) -> Float[np.ndarray, 'd d']:
-        """The unbiased estimate (divided by count - 1)."""
+        """The unbiased estimate (divided by count - 1). Raises ValueError for one feature."""
+        if self.count < 2:
+            raise ValueError(f'{self.count} features have no covariance')
         return self.scatter / (self.count - 1)
 
 
-def finite(features: Float[np.ndarray, 'n d']) -> Float[np.ndarray, 'n d']:
+def finite(features: Float[np.ndarray, 'n d'], least: int = 2) -> Float[np.ndarray, 'n d']:
     """Features in float64.
 
     Raises:
-      ValueError: fewer than two, or some are not finite.
+      ValueError: fewer than `least`, or some are not finite.
     """
-    if len(features) < 2:
+    if len(features) < least:
         raise ValueError(f'{len(features)} features have no covariance')
     x = np.asarray(features, np.float64)
     if not np.isfinite(x).all():

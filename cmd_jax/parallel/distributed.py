@@ -126,14 +126,22 @@ _TPU_VM = 'a Cloud TPU VM'
 _BIND = 'JAX_COORDINATOR_BIND_ADDRESS'
 
 
-def several() -> str | None:
-    """What in the environment shows that this may be one of several processes, or None."""
+def launched() -> str | None:
+    """What shows that mpirun or srun has started several of this process, or None."""
     env = os.environ
     if _number('OMPI_COMM_WORLD_SIZE') > 1:
         return f'OMPI_COMM_WORLD_SIZE={env["OMPI_COMM_WORLD_SIZE"]}'
     # A batch script has SLURM_NTASKS, too; only srun starts that many.
     if {'SLURM_STEP_NODELIST', 'SLURM_PROCID'} <= env.keys() and _tasks() > 1:
         return f'{_tasks()} tasks of srun'
+    return None
+
+
+def several() -> str | None:
+    """What in the environment shows that this may be one of several processes, or None."""
+    env = os.environ
+    if found := launched():
+        return found
     for name in ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES'):
         if ',' in env.get(name, ''):
             return f'{name}={env[name]}'
