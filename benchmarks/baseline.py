@@ -21,7 +21,7 @@ from collections.abc import Callable
 from absl import app, flags
 
 from benchmarks import networks
-from benchmarks.networks import AUTOENCODER, DIT, OURS, UNET, UNET3D, WIDE
+from benchmarks.networks import AUTOENCODER, DIT, OURS, TARGETS, UNET, UNET3D, WIDE
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 SIDE = flags.DEFINE_string('side', None, 'The side of it')
@@ -29,14 +29,13 @@ ONLY = flags.DEFINE_string('only', '', 'Cases with this in their names')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed calls of each side', lower_bound=1)
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 
-# {case: the pairs of sides that run together}; targets are of ours against the first of the others.
+# {case: the pairs of sides that run together}
 PAIRS = {
     AUTOENCODER: ((OURS, 'plain'), (WIDE, 'plain')),
     DIT: ((OURS, 'diffusers'),),
     UNET: ((OURS, 'diffusers'),),
     UNET3D: (('diffusers',),),
 }
-TARGETS = {AUTOENCODER: {'seconds': 0.8, 'gb': 0.4}, DIT: {'seconds': 1.0}, UNET: {'seconds': 1.0}}
 
 
 def work(case: str, side: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Modules that the commands share.
-PARTS = {'__init__', 'counts', 'filled', 'networks', 'timing', 'torch_autoencoder'}
+PARTS = {'__init__', 'counts', 'filled', 'networks', 'tables', 'timing', 'torch_autoencoder'}
 
 
 def command(name, *flags):

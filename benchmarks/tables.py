@@ -1,0 +1,42 @@
+"""Results as the tables of docs/speed.md."""
+
+from benchmarks.networks import TARGETS
+
+
+def compilation(rows: list[dict]) -> str:
+    """As Markdown."""
+    lines = ['| | seconds | target |', '|---|---|---|']
+    for row in rows:
+        if row['case'] == 'sample.py':
+            first = (
+                f'sample.py, one video of the quickstart: first start | {row["first_seconds"]:.1f}'
+            )
+            lines.append(f'| {first} | |')
+            lines.append(f'| later starts | {row["second_seconds"]:.1f} | {row["target"]} |')
+            continue
+        seconds = row['trace_seconds'] + row['compile_seconds']
+        title = f'{row["case"]}, traced ({row["trace_seconds"]:.1f}) and compiled'
+        lines.append(f'| {title} | {seconds:.1f} | {row["target"]} |')
+    return '\n'.join(lines)
+
+
+def beside_pytorch(rows: list[dict]) -> str:
+    """As Markdown."""
+    lines = [
+        '| forward, and for the autoencoder backward | time | memory '
+        '| ours / theirs: time | memory | target |',
+        '|---|---|---|---|---|---|',
+    ]
+    for row in rows:
+        title = row['case'].replace(' forward + backward', '').replace(' forward', '')
+        told = f'| {title}: {row["side"]} | {row["seconds"]:.1f} s | {row["gb"]:.1f} GB |'
+        if 'seconds_ratio' not in row:
+            lines.append(f'{told} | | |')
+            continue
+        low, high = row['seconds_ratio_spread']
+        target = ', '.join(str(x) for x in TARGETS.get(row['case'], {}).values())
+        lines.append(
+            f'{told} {row["seconds_ratio"]:.2f} ({low:.2f} to {high:.2f}) '
+            f'| {row["gb_ratio"]:.2f} | {target} |'
+        )
+    return '\n'.join(lines)
