@@ -1,6 +1,7 @@
 import functools
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,21 @@ def test_the_choice_of_implementation():
     assert implementation(long, 1024, bf16, 'tpu') == 'tpu_flash'
     assert implementation(short, 256, bf16, 'tpu') == 'xla'
     assert implementation(long, 1024, bf16, 'other') == 'xla'
+
+
+@pytest.mark.parametrize(
+    'capability, expected',
+    [('7.5', 'xla'), ('8.0', 'cudnn'), ('10.0', 'cudnn'), ('gfx90a', 'xla'), (None, 'xla')],
+)
+def test_cudnn_needs_a_gpu_that_it_takes(monkeypatch, capability, expected):
+    """A T4 on Colab has none of it; nor have AMD's."""
+    gpu = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(module.jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(module.jax, 'devices', lambda: [gpu])
+    module._ampere_or_newer.cache_clear()
+    found = implementation((2, 1024, 8, 64), 1024, jnp.bfloat16, 'gpu')
+    module._ampere_or_newer.cache_clear()
+    assert found == expected
 
 
 def test_the_choice_is_logged_once(caplog):

@@ -159,8 +159,11 @@ def faults(monkeypatch):
 def test_run_that_recovers_goes_on(autoencoder, tmp_path, faults):
     shutil.copytree(autoencoder, tmp_path / 'autoencoder')
     faults(2, 3, 5)
-    loop.train(config('motion', max_nonfinite=3), tmp_path)
+    loop.train(config('motion', max_nonfinite=3, warmup_steps=6), tmp_path)
     records = metrics.read(tmp_path / 'motion' / 'metrics.jsonl')
+    # The warm-up goes on with the next update that is done.
+    rates = np.array([r['learning_rate'] for r in records if r['loss'] is not None])
+    np.testing.assert_allclose(rates / rates[0], [1, 2, 3], rtol=1e-6)
     assert [r['skipped'] for r in records] == [0, 1, 2, 2, 3, 3]
     assert [r['nonfinite'] for r in records] == [0, 1, 2, 0, 1, 0]
     assert [r['loss'] is None for r in records] == [False, True, True, False, True, False]

@@ -155,6 +155,13 @@ def test_what_may_be_the_last_skipped_update_is_waited_for(monkeypatch, tmp_path
     assert list(dict.fromkeys(order)) == at_once
 
 
+def test_what_has_a_preview_is_saved_before(tmp_path):
+    """So that who is asked to go can leave it at once."""
+    loop.train(config(save_every=100, preview_every=2, keep_checkpoints=9), tmp_path)
+    saved = (tmp_path / 'autoencoder/checkpoints').iterdir()
+    assert sorted(int(path.name) for path in saved) == [2, 4, 6]
+
+
 @pytest.mark.parametrize('schedule, warmup', [('constant', 0), ('cosine', 2)])
 def test_learning_rates_that_are_told(schedule, warmup, tmp_path):
     loop.train(config(schedule=schedule, warmup_steps=warmup, learning_rate=0.5), tmp_path)

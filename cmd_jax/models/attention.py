@@ -16,6 +16,7 @@ Reverse-mode derivatives only.
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,8 @@ def _choose(q_shape, k_len, dtype, backend) -> tuple[str, str]:
             return 'xla', 'cuDNN takes bfloat16 and float16 only'
         if d % 8 or d > 128:
             return 'xla', 'cuDNN takes head dims that are multiples of 8 up to 128 only'
+        if not _ampere_or_newer():
+            return 'xla', 'cuDNN takes NVIDIA GPUs of compute capability 8.0 or more only'
         return 'cudnn', 'long sequence'
     if backend == 'tpu':
         if k_len < TPU_KEYS:
@@ -84,6 +87,16 @@ def _choose(q_shape, k_len, dtype, backend) -> tuple[str, str]:
             return 'xla', 'the flash kernel takes bfloat16 and float32 only'
         return 'tpu_flash', 'long sequence'
     return 'xla', 'no kernel for this platform'
+
+
+@functools.cache
+def _ampere_or_newer() -> bool:
+    """Whether this host's GPUs are; where it has none, programs are for others, and it is so."""
+    if jax.default_backend() != 'gpu':
+        return True
+    # AMD's have names, such as gfx90a.
+    found = re.fullmatch(r'(\d+)\.\d+', str(getattr(jax.devices()[0], 'compute_capability', '')))
+    return found is not None and int(found[1]) >= 8
 
 
 @functools.cache
