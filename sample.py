@@ -11,6 +11,7 @@ The last one needs no run: it compiles for a TPU that is not here, and tells wha
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from absl import flags, logging
@@ -130,7 +131,8 @@ def compile_only():
     compile_sampler.run(
         found,
         COMPILE_FOR.value,
-        min(NUM_VIDEOS.value or 1, BATCH_SIZE.value),
+        # All at a time, where nothing else is asked for: a batch is a multiple of the chips.
+        min(NUM_VIDEOS.value or 1, BATCH_SIZE.value if BATCH_SIZE.present else math.inf),
         classes=classes,
         options={flag.name: flag.value for flag in SAMPLING},
         search=COMPILER_SEARCH.value,

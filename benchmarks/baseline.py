@@ -11,6 +11,7 @@ softmax, as in the authors' release; 'compiled', on a GPU, torch.compile of thei
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -136,6 +137,8 @@ def main(_):
     if CASE.value:
         work(CASE.value, SIDE.value)
         return
+    # Or this process and each of ours would take the most of a GPU's memory at once.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     # Behind the branch above: PyTorch's processes do without JAX.
     import torch
 

@@ -51,11 +51,11 @@ def without_frozen(name: str, config: configs.Config) -> configs.Config:
     if name != 'autoencoder':
         data = dataclasses.replace(config.data, source='latents:none')
         return dataclasses.replace(config, data=data)
-    if not source:
-        return config
-    height, width, _ = parts.frame_shape(config)
     stage = config.autoencoder
     loss = dataclasses.replace(stage.loss, l1_weight=0.0, l2_weight=1.0, lpips_weight=0.0)
+    if not source:
+        return dataclasses.replace(config, autoencoder=dataclasses.replace(stage, loss=loss))
+    height, width, _ = parts.frame_shape(config)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, height=height, width=width),
@@ -75,16 +75,18 @@ def largest(rows: list[dict]) -> int | None:
     )
     each = max((high - low) / (large - small), 1e-6)
     fits = small + (ROOM * limit / 1e9 - low) / each
-    return min(LARGEST, 2 ** int(math.log2(fits))) if fits > large else None
+    most = min(LARGEST, 2 ** int(math.log2(max(fits, 1))))
+    return most if most > large else None
 
 
-def measure(name: str, config: configs.Config, batch_size: int, peak: float) -> dict | None:
+def measure(
+    name: str, config: configs.Config, classes: int, batch_size: int, peak: float
+) -> dict | None:
     """A row of the table, None where it does not fit. `peak`: FLOPs a second of matrix products."""
     section = getattr(config, name)
     train = dataclasses.replace(section.train, batch_size=batch_size, device_batch=0)
     config = dataclasses.replace(config, **{name: dataclasses.replace(section, train=train)})
     mesh = make_mesh(**vars(config.mesh), batch=batch_size)
-    classes = compile_for.known_classes(config)
     stages.check(name, config, classes, mesh)
     with jax.set_mesh(mesh):
         made = program.make(stages.make(name, config, classes, mesh))
@@ -140,7 +142,7 @@ def main(_):
         sizes = [int(size) for size in BATCHES.value or (1, 4)]
         while sizes:
             size = sizes.pop(0)
-            row = measure(name, mine, size, peak)
+            row = measure(name, mine, compile_for.known_classes(config), size, peak)
             gc.collect()
             if row is None:
                 print(f'{name:12} {size:4}  does not fit', flush=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cmd_jax import video
-from cmd_jax.data import records
+from cmd_jax.data import clips, records
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation import features, measure, pages, protocols, real_clips
 from cmd_jax.evaluation.protocols import PROTOCOLS
@@ -93,6 +93,78 @@ def test_videos_without_a_clip_are_counted(generator, tmp_path):
         assert 'videos that gave no clip: 1 unreadable' in numbers['not_comparable_for']
 
 
+def test_videos_that_cannot_be_decoded_are_counted_once(generator, tmp_path, monkeypatch):
+    """Whether features of real clips are kept or not, and of what was looked at alone."""
+    for i in range(8):
+        video.write(tmp_path / 'videos' / f'{i}.mp4', tiny_videos.numbered())
+    read = clips.read
+
+    def sometimes(path, *rest):
+        if path.endswith(('0.mp4', '5.mp4')):
+            raise clips.BadVideo(clips.UNREADABLE, 'torn')
+        return read(path, *rest)
+
+    monkeypatch.setattr(clips, 'read', sometimes)
+    settings = dataclasses.replace(FEW, data=f'folder:{tmp_path}/videos', num_videos=5)
+    protocol = dataclasses.replace(
+        PROTOCOLS['reconstruction'], split='train', num_real=5, num_fake=None
+    )
+    found = []
+    for _ in range(3):
+        numbers, _ = measure.measure(
+            generator, 'reconstruction', protocol, settings, tmp_path / 'kept'
+        )
+        found.append(numbers['real_missing'])
+        assert 'unreadable' in numbers['not_comparable_for']
+    assert found[0] > 0 and len(set(found)) == 1
+
+
+def test_a_few_that_are_missing_are_told_and_no_fault(generator, tmp_path):
+    for i in range(3):
+        video.write(tmp_path / f'{i}.mp4', tiny_videos.numbered())
+    protocol = dataclasses.replace(PROTOCOLS['reconstruction'], split='train')
+    config = generator.config['autoencoder']
+    found = real_clips.RealClips(config, protocol, f'folder:{tmp_path}', 2, 0, False)
+    assert found.told_missing() == (None, False)
+    found.count = 300
+    found.missed['unreadable'] = 3
+    assert found.told_missing() == ('videos that gave no clip: 3 unreadable', False)
+    found.missed['too short'] = 1
+    told, too_many = found.told_missing()
+    assert told.endswith('3 unreadable, 1 too short') and too_many
+
+
+def test_what_records_have_left_out(generator, tmp_path):
+    folder = records_of(tmp_path, dict(clips='whole'))
+    header = json.loads((folder / records.HEADER).read_text())
+    header['splits'] = {'train': {'videos': 5, 'skipped': {'too short': 2}}}
+    (folder / records.HEADER).write_text(json.dumps(header))
+    protocol = dataclasses.replace(PROTOCOLS['reconstruction'], split='train')
+    config = generator.config['autoencoder']
+    found = real_clips.RealClips(config, protocol, f'records:{folder}', 3, 0, False)
+    assert found.told_missing() == ('videos that gave no clip: 2 too short', True)
+
+
+def records_of(folder, options, split='train'):
+    header = {'format': records.VIDEOS, 'class_names': [], 'captions': [''], 'frames': 8, 'fps': 8}
+    made = dict(encoding='jpeg', height=32, width=32, per_video=1) | options
+    header |= {'source': 'ucf101:x', 'options': made}
+    (folder / records.HEADER).write_text(json.dumps(header))
+    clip = {'fps': np.float32(8), 'label': np.int32(0), 'caption': '', 'file': 'a'}
+    record = records.pack(clip | records.jpeg(np.zeros((8, 32, 32, 3), np.uint8)))
+    records.write_shard(str(folder / records.shard_name(split, 0, 1)), [record] * 3)
+    return folder
+
+
+def test_records_of_random_clips_in_a_test_split(generator, tmp_path):
+    records_of(tmp_path, dict(clips='random'), 'test')
+    config = generator.config['autoencoder']
+    found = real_clips.RealClips(
+        config, PROTOCOLS['reconstruction'], f'records:{tmp_path}', 3, 0, False
+    )
+    assert 'records of random clips' in found.faults[0]
+
+
 @pytest.mark.parametrize(
     'options, told',
     [
@@ -104,20 +176,14 @@ def test_videos_without_a_clip_are_counted(generator, tmp_path):
     ],
 )
 def test_records_of_other_clips_than_the_protocols(generator, tmp_path, options, told):
-    header = {'format': records.VIDEOS, 'class_names': [], 'captions': [''], 'frames': 8, 'fps': 8}
-    made = dict(encoding='jpeg', height=32, width=32, per_video=1) | options
-    header |= {'source': 'ucf101:x', 'options': made}
-    (tmp_path / records.HEADER).write_text(json.dumps(header))
-    clip = {'fps': np.float32(8), 'label': np.int32(0), 'caption': '', 'file': 'a'}
-    record = records.pack(clip | records.jpeg(np.zeros((8, 32, 32, 3), np.uint8)))
-    records.write_shard(str(tmp_path / records.shard_name('train', 0, 1)), [record] * 3)
+    records_of(tmp_path, options)
     protocol = dataclasses.replace(PROTOCOLS['reconstruction'], split='train')
     config = generator.config['autoencoder']
-    clips = real_clips.RealClips(config, protocol, f'records:{tmp_path}', 3, 0, False)
-    assert bool(clips.faults) == bool(told) and (not told or told in clips.faults[0])
-    assert any('JPEG' in x for x in clips.warnings)
-    assert any('32 x 32 for clips of 16 x 16' in x for x in clips.warnings)
-    assert clips.settings['prepared_from'] == 'ucf101:x'
+    found = real_clips.RealClips(config, protocol, f'records:{tmp_path}', 3, 0, False)
+    assert bool(found.faults) == bool(told) and (not told or told in found.faults[0])
+    assert any('JPEG' in x for x in found.warnings)
+    assert any('32 x 32 for clips of 16 x 16' in x for x in found.warnings)
+    assert found.settings['prepared_from'] == 'ucf101:x'
 
 
 def test_options_that_would_change_nothing(generator, tmp_path, not_decoded):

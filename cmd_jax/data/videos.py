@@ -64,6 +64,7 @@ class VideoFiles:
       class_names: empty where there are no classes.
       captions: of the split, sorted, each once; None where they are too many to list.
       skipped: {file: reason} of the files left out at the start.
+      listed: rows that were looked at: of the split where the listing tells one, else of both.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class VideoFiles:
                     f'{listing.name}: no file of the split {split!r}: name some, or leave the '
                     'column out and a part of the files is taken'
                 )
+        self.listed = len(table)
         if probe:
             table = self._probed(table, len(listing.table) + len(self.skipped))
         lone = False

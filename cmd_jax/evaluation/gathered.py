@@ -35,16 +35,17 @@ class Videos:
         if room > 0:
             self.shown.append(np.asarray(videos[:room]))
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What `take` takes."""
+    def arrays(self, pictures: bool) -> dict[str, np.ndarray]:
+        """What `take` takes, with the first videos themselves or without."""
         values = {f'values_{name}': np.asarray(x) for name, x in self.values.items()}
         features = {'features': self.features} if self._found else {}
-        shown, seconds = np.concatenate(self.shown), np.float64(self.seconds)
-        return {'shown': shown, 'seconds': seconds} | features | values
+        shown = {'shown': np.concatenate(self.shown)} if pictures else {}
+        return {'seconds': np.array(self.seconds)} | shown | features | values
 
     def take(self, kept: dict[str, np.ndarray]):
         """Adds what was measured of other videos, and kept."""
-        self.show(kept['shown'], len(kept['shown']))
+        if 'shown' in kept:
+            self.show(kept['shown'], len(kept['shown']))
         if 'features' in kept:
             self._found.append(kept['features'])
         self.seconds += float(kept.get('seconds', 0.0))

@@ -5,6 +5,7 @@ import functools
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -21,6 +22,7 @@ from cmd_jax.evaluation.protocols import (
     fingerprint,
 )
 from cmd_jax.evaluation.settings import Settings
+from cmd_jax.training import config as configs
 
 AT_ONCE = 256  # generated videos that are measured and kept together
 
@@ -83,7 +85,7 @@ def measure(
     numbers |= {
         'warnings': '; '.join(filter(None, warnings)) or None,
         'num_real': len(captions),
-        'real_missing': sum(real.missing.values()),
+        'real_missing': (real.listed + real.missed).total(),
     }
     official = not faults
     numbers = {
@@ -137,7 +139,7 @@ def _look_at_real(generator, protocol, settings, real, cache):
         found['real'].take(before)
         labels, captions = before['labels'].tolist(), before['captions'].tolist()
         counts = before['missing'].tolist()
-        real.missing = collections.Counter(dict(zip(before['reasons'].tolist(), counts)))
+        real.missed = collections.Counter(dict(zip(before['reasons'].tolist(), counts)))
         if not parts:
             return found, labels, captions
     done = 0
@@ -157,7 +159,7 @@ def _look_at_real(generator, protocol, settings, real, cache):
         logging.info('%d of %d real clips', done, real.count)
     if before is None and protocol.distance:
         shown = np.concatenate(found['real'].shown)
-        real_clips.keep(path, found['real'].features, labels, captions, shown, dict(real.missing))
+        real_clips.keep(path, found['real'].features, labels, captions, shown, dict(real.missed))
     return found, labels, captions
 
 
@@ -186,7 +188,9 @@ def _generate(generator, protocol, settings, asked, scorer, about, cache, guidan
     sampled = run.settings(generator, **settings.sampling_with(guidance))
     decided = {k: v for k, v in about.items() if k.startswith(('sha256_', 'i3d_', 'clip_'))}
     decided |= sampled | {'seed': settings.seed, 'version': real_clips.VERSION}
-    decided['platform'] = generator.mesh.devices.flat[0].platform  # which computes in its own way
+    # What a config says besides, and what computes: each in its own way.
+    decided['config'] = {k: configs.flatten(v) for k, v in generator.config.items()}
+    decided |= {'device': generator.mesh.devices.flat[0].device_kind, 'jax': jax.__version__}
     for first in range(0, len(values), AT_ONCE):
         some = values[first : first + AT_ONCE]
         digest = fingerprint({'generated': [first, some], **decided})
@@ -208,7 +212,7 @@ def _generate(generator, protocol, settings, asked, scorer, about, cache, guidan
         )
         piece = Videos(settings, protocol.distance, generator.mesh)
         piece.stream(stream, some if generator.text else None, scorer)
-        kept = piece.arrays()
+        kept = piece.arrays(pictures=first == 0)
         real_clips.write(path, **kept)
         videos.take(kept)
         logging.info('%d of %d generated videos', first + len(some), len(values))

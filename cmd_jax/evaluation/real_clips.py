@@ -43,7 +43,8 @@ class RealClips:
       captions: that they can have; None: unknown.
       warnings: what may make their numbers another protocol's.
       faults: what does.
-      missing: {reason: videos that gave no clip}, as far as they were looked at.
+      listed: {reason: videos} that were left out of the source from the start.
+      missed: {reason: videos} that gave no clip when they were decoded; empty before.
     """
 
     def __init__(
@@ -97,9 +98,9 @@ class RealClips:
             )
         self.count = there if count is None else count
         self._fewest = there * (1 - chosen.max_bad) if count is None else count
-        left_out = [x.partition(' (')[0] for x in getattr(self._source, 'skipped', {}).values()]
-        self.missing = collections.Counter(x for x in left_out if x in REASONS)
         header = getattr(self._source, 'header', {})
+        self.listed, self._share = _left_out(self._source, header, protocol.split)
+        self.missed = collections.Counter()
         self.settings = {
             'source': chosen.source,
             'prepared_from': header.get('source'),
@@ -127,13 +128,11 @@ class RealClips:
         found = pipeline.samples(
             self._source, seed=self._seed, shuffle=True, repeat=False, ahead=AT_ONCE
         )
-        given, missing = 0, collections.Counter()
-        before = self.missing
+        given, self.missed = 0, collections.Counter()
         try:
             for clip in found:
                 if isinstance(clip, Skipped):
-                    missing[clip.reason] += 1
-                    self.missing = before + missing
+                    self.missed[clip.reason] += 1
                     continue
                 given += 1
                 yield clip
@@ -156,11 +155,11 @@ class RealClips:
 
     def told_missing(self) -> tuple[str | None, bool]:
         """(what of the set gave no clip, whether that is too much for a number for others)."""
-        total = sum(self.missing.values())
-        if not total:
+        together, missed = self.listed + self.missed, sum(self.missed.values())
+        if not together:
             return None, False
-        share = total / (self.settings['videos'] + total)
-        reasons = ', '.join(f'{count} {reason}' for reason, count in self.missing.most_common())
+        share = max(self._share, missed / (missed + self.count))
+        reasons = ', '.join(f'{count} {reason}' for reason, count in together.most_common())
         return f'videos that gave no clip: {reasons}', share > MISSING
 
     def _look_at_files(self, data):
@@ -189,6 +188,8 @@ class RealClips:
             )
         elif clips == 'center' and protocol.split == 'train':
             self.faults.append('records of the middle clips, where the protocol takes random ones')
+        elif clips == 'random' and protocol.split == 'test':
+            self.faults.append('records of random clips, where the protocol takes the middle ones')
         if prepared['encoding'] == 'jpeg':
             self.warnings.append(
                 'real frames went through JPEG when they were prepared, and generated ones do not'
@@ -199,6 +200,17 @@ class RealClips:
                 f'records of {size[0]} x {size[1]} for clips of {data.height} x {data.width}: '
                 'resized twice; numbers of other kernels differ'
             )
+
+
+def _left_out(source, header: dict, split: str) -> tuple[collections.Counter, float]:
+    """({reason: videos} that a source has left out from the start, their share of all)."""
+    if isinstance(source, videos.VideoFiles):
+        reasons = [reason.partition(' (')[0] for reason in source.skipped.values()]
+        found = collections.Counter(reason for reason in reasons if reason in REASONS)
+        return found, sum(found.values()) / source.listed
+    about = header.get('splits', {}).get(split)
+    found = collections.Counter(about['skipped'] if about else {})
+    return found, sum(found.values()) / about['videos'] if about else 0.0
 
 
 def _listing(source) -> str:

@@ -83,7 +83,7 @@ class Train:
     ema_decay: float  # decay at step n is min(ema_decay, (1 + n) / (10 + n))
     precision: str  # 'float32', 'bfloat16' or 'auto' (bfloat16 on TPU and GPU)
     log_every: int
-    save_every: int  # besides the last step
+    save_every: int  # besides the last step, and those with a preview
     keep_checkpoints: int  # the last ones
     keep_every: int  # besides, those whose step is a multiple of it; 0: none
     preview_every: int  # besides the last step; 0: only there
