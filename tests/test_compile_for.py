@@ -181,8 +181,9 @@ def test_several_slices_and_one_chip():
 
 def test_a_step_for_several_slices():
     """In a process of its own: what the compiler is told holds for the whole process."""
-    config = '--config=configs/quickstart.py:motion,tiny'
-    done = script('train.py', config, '--compile_for=v5e:2x2*2')
+    command = [sys.executable, 'train.py', '--config=configs/quickstart.py:motion,tiny']
+    command.append('--compile_for=v5e:2x2*2')
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'motion on v5e:2x2*2 (8 chips)' in done.stdout and 'data 2' in done.stdout
 

@@ -35,7 +35,7 @@ def config(stage='autoencoder', **train):
 
 def test_a_bar_that_nobody_looks_at_stops_nothing(monkeypatch):
     class Closed:
-        def write(self, _):
+        def write(self, *_):
             raise BrokenPipeError
 
         flush = write
