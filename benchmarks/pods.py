@@ -108,7 +108,6 @@ def table(rows: dict) -> str:
 def main():
     """Makes the rows that are missing, and prints the tables."""
     jax.config.update('jax_enable_compilation_cache', False)
-    compile_only.find_all(SLICES)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     work = [
         (f'{title} on {name}', train_row, arg, name) for title, *arg in CONFIGS for name in SLICES
@@ -117,13 +116,15 @@ def main():
         (f'sampling {title} on {name}', sampler_row, (*title.split(':'),), name)
         for title, name in SAMPLERS
     ]
+    names = list(dict.fromkeys(name for *_, name in work))
+    places = dict(zip(names, compile_only.find_all(names)))
     for key, make, (file, arg), name in work:
         if ONLY.value not in key or (key in rows and not AGAIN.value):
             continue
         logging.info('%s', key)
         if make is sampler_row:
             arg += ',all'
-        rows[key] = make(shipped(file, arg), compile_only.find(name))
+        rows[key] = make(shipped(file, arg), places[name])
         rows = {key: rows[key] for key, *_ in work if key in rows}
         atomic.write(RESULTS, json.dumps(rows, indent=1) + '\n')
     print(table(rows))

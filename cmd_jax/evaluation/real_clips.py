@@ -24,9 +24,7 @@ from cmd_jax.evaluation.protocols import LEAST, Protocol, check_captions
 from cmd_jax.training import config as configs
 from cmd_jax.training import parts
 
-VERSION = (
-    2  # of what is kept, and how clips are decoded and resized: another one has other features
-)
+VERSION = 2  # of how clips are decoded and resized, and of what is kept
 AT_ONCE = 64  # clips in memory
 LOOKED_AT = 16  # files whose size is compared with the clips'
 REASONS = (TOO_SHORT, TOO_EARLY, UNREADABLE)  # for which a video of a set gives no clip
