@@ -40,3 +40,20 @@ def beside_pytorch(rows: list[dict]) -> str:
             f'| {row["gb_ratio"]:.2f} | {target} |'
         )
     return '\n'.join(lines)
+
+
+def samplers(rows: list[dict]) -> str:
+    """As Markdown."""
+    names = {'ddim': 'DDIM', 'dpmpp_2m': 'DPM-Solver++', 'unipc': 'UniPC'}
+    lines = [
+        '| sampler, steps of both stages | seconds | class accuracy | Frechet distance |',
+        '|---|---|---|---|',
+    ]
+    for row in rows:
+        accuracy, frechet = row['accuracy'], row['frechet']
+        lines.append(
+            f'| {names[row["sampler"]]} {row["steps"]} | {row["seconds"]:.0f} '
+            f'| {accuracy["value"]:.1%} ({accuracy["low"]:.1%} to {accuracy["high"]:.1%}) '
+            f'| {frechet["value"]:.0f} ({frechet["low"]:.0f} to {frechet["high"]:.0f}) |'
+        )
+    return '\n'.join(lines)

@@ -48,3 +48,18 @@ def test_measures(name, flags, tmp_path):
     (row,) = json.loads(out.read_text())['rows']
     low, high = row['seconds_spread']
     assert 0 < low <= row['seconds'] <= high and row['tflop'] > 0 and 0 < row['mfu'] < 2
+
+
+def test_samplers(digits_run, tmp_path):
+    out = tmp_path / 'out.json'
+    few = ['--num_videos=10', '--steps=2', '--few=1', '--size=32']
+    started = command('samplers', f'--workdir={digits_run}', f'--out={out}', *few)
+    said = started.communicate()[0]
+    assert started.returncode == 0, said[-2000:]
+    told = json.loads(out.read_text())
+    assert told['num_videos'] == 10 and told['i3d_size'] == 32
+    steps = [(row['sampler'], row['steps']) for row in told['rows']]
+    assert steps == [('ddim', 2), ('dpmpp_2m', 1), ('unipc', 1)]
+    for row in told['rows']:
+        for name in ('accuracy', 'frechet'):
+            assert 0 <= row[name]['low'] <= row[name]['value'] <= row[name]['high']

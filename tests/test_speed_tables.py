@@ -20,3 +20,7 @@ def test_compilation():
 def test_beside_pytorch():
     found = rows('baseline_autoencoder_cpu') + rows('baseline_cpu')
     assert tables.beside_pytorch(found) in TEXT
+
+
+def test_samplers():
+    assert tables.samplers(rows('samplers_cpu')) in TEXT
