@@ -11,14 +11,16 @@ Its clips have the run's 8 frames, and by default there are fewer of them than a
 import dataclasses
 import json
 import time
+from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags, logging
 
 import cmd_jax
 from benchmarks import tables
 from benchmarks.timing import machine
-from cmd_jax import atomic
+from cmd_jax import atomic, cli
+from cmd_jax.errors import UserError, writable
 from cmd_jax.evaluation import digit_judge, features, intervals, run
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'A run on moving digits.', required=True)
@@ -30,9 +32,13 @@ SEED = flags.DEFINE_integer('seed', 0, 'Of samples, real clips, classifier and i
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 
 
-def main(_):
+def main():
     """Measures each sampler, and prints the table."""
-    seed, count = SEED.value, VIDEOS.value - VIDEOS.value % 10
+    seed, count = SEED.value, VIDEOS.value
+    if count % 10:
+        raise UserError(f'--num_videos={count} must be a multiple of 10, the digits')
+    if OUT.value:
+        writable('--out', Path(OUT.value).parent)
     generator = cmd_jax.load(WORKDIR.value)
     sizes = run.clip_sizes(generator, 'moving_digits', 'moving_digits')
     judge = digit_judge.DigitClassifier.train(seed=seed, **sizes)
@@ -57,10 +63,11 @@ def main(_):
                 'frechet': dataclasses.asdict(intervals.frechet(wanted, found, seed)),
             }
         )
-        print(tables.samplers(rows), flush=True)
+        logging.info('%s', rows[-1])
         if OUT.value:
             atomic.write(OUT.value, json.dumps(about | {'rows': rows}, indent=1) + '\n')
+    print(tables.samplers(rows))
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

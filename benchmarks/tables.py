@@ -53,7 +53,8 @@ def samplers(rows: list[dict]) -> str:
         accuracy, frechet = row['accuracy'], row['frechet']
         lines.append(
             f'| {names[row["sampler"]]} {row["steps"]} | {row["seconds"]:.0f} '
-            f'| {accuracy["value"]:.1%} ({accuracy["low"]:.1%} to {accuracy["high"]:.1%}) '
+            f'| {100 * accuracy["value"]:.1f} % '
+            f'({100 * accuracy["low"]:.1f} to {100 * accuracy["high"]:.1f}) '
             f'| {frechet["value"]:.0f} ({frechet["low"]:.0f} to {frechet["high"]:.0f}) |'
         )
     return '\n'.join(lines)

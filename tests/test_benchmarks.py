@@ -63,3 +63,13 @@ def test_samplers(digits_run, tmp_path):
     for row in told['rows']:
         for name in ('accuracy', 'frechet'):
             assert 0 <= row[name]['low'] <= row[name]['value'] <= row[name]['high']
+
+
+@pytest.mark.parametrize(
+    'flags, words', [(['--num_videos=15'], '--num_videos=15'), ([], 'nowhere')]
+)
+def test_samplers_tell_what_is_wrong(flags, words):
+    started = command('samplers', '--workdir=nowhere', *flags)
+    said = started.communicate()[0]
+    assert started.returncode == 2 and 'Traceback' not in said, said[-2000:]
+    assert words in said.splitlines()[-1]
