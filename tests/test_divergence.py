@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from cmd_jax.errors import UserError
+from cmd_jax.models.rngs import make_rngs
+from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.training import config as configs
-from cmd_jax.training import divergence, loop, metrics
+from cmd_jax.training import divergence, loop, metrics, parts
+from cmd_jax.training.stacks import Stacks
 from tests import tiny
 from tests.test_generate import one_error, script
 
@@ -182,7 +186,11 @@ def test_dump_is_of_the_step_at_fault(allowed, autoencoder, tmp_path, faults):
     assert max(faulty.params) == last
     where = tmp_path / 'motion' / 'diverged' / str(last)
     stored = divergence.read(where)
-    for path, x in jax.tree_util.tree_leaves_with_path(faulty.params[last]):
+    network = nnx.eval_shape(
+        lambda: parts.make_network('motion', config('motion'), 10, make_rngs(0))
+    )
+    params = Stacks(network, make_mesh()).unstack(faulty.params[last])
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
         np.testing.assert_array_equal(x, stored.params[divergence.path_name(path)])
     # The statistics of the dump are the run's: computed anew the step is good.
     assert 'finite when computed anew' in line

@@ -12,15 +12,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import cmd_jax
-from cmd_jax import sampling
+from cmd_jax import sampling, stable_diffusion
 from cmd_jax.data import pipeline
 from cmd_jax.models import flops
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.parallel.placement import put_batch
+from cmd_jax.stable_diffusion import UNet, weights
 from cmd_jax.training import config as configs
 from cmd_jax.training import frozen, losses, parts, program, stages, texts
 from cmd_jax.training import state as states
 from cmd_jax.training.parts import make_autoencoder, make_content, make_motion, make_process
+from cmd_jax.training.stacks import Stacks
 from cmd_jax.video import to_float
 from tests import tiny
 
@@ -147,22 +149,61 @@ def test_optimizer_slots_lie_like_their_parameters():
     mesh = meshes.make_mesh(fsdp=4, tensor=2)
     with jax.set_mesh(mesh):
         _, state, _, _, _ = pieces('autoencoder', mesh)
-    spec = state.params['encoder']['blocks']['mlp']['up']['kernel'].sharding.spec
-    assert spec == P(None, 'fsdp', 'tensor')
+    found = state.params['decoder']['blocks']['mlp']['up']['kernel']
+    assert found.ndim == 4 and found.sharding.spec == P(None, None, 'fsdp', 'tensor')
     assert len(moments(state)) == 2
-    for slot in (*moments(state), state.ema):
-        assert slot['encoder']['blocks']['mlp']['up']['kernel'].sharding.spec == spec
+    for slots in (*moments(state), state.ema):
+        same = jax.tree.map(lambda x, y: x.sharding == y.sharding, slots, state.params)
+        assert all(jax.tree.leaves(same))
+
+
+def test_stacks_are_trained_as_single_arrays():
+    """Adam's updates are those of the arrays one by one: kernels decay, biases of their shape do
+    not, and arrays that lie differently on a mesh are not stacked."""
+
+    def layers(seed):
+        draw = np.random.default_rng(seed)
+        return {
+            name: nnx.Linear(4, 4, rngs=nnx.Rngs(int(draw.integers(100))))
+            for name in ('qkv', 'up', 'out', 'down')
+        }
+
+    network = nnx.Dict({part: nnx.Dict(layers(i)) for i, part in enumerate('ab')})
+    made = Stacks(network, meshes.make_mesh())
+    params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+    grads = optax.tree.random_like(jax.random.key(0), params)
+    stacks = made.stack(params)
+    shapes = sorted(x.shape for x in jax.tree.leaves(stacks))
+    assert shapes == [(4, 4), (4, 4), (4, 4, 4), (4, 4, 4)]
+    jax.tree.map(np.testing.assert_array_equal, made.unstack(stacks), params)
+    config = dataclasses.replace(
+        tiny.config().content.train, weight_decay=0.5, warmup_steps=0, clip_norm=1.0
+    )
+    tx = states.optimizer(config)
+    expected, _ = tx.update(grads, tx.init(params), params)
+    updates, _ = tx.update(made.stack(grads), tx.init(stacks), stacks)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), made.unstack(updates), expected
+    )
+
+
+def test_stacks_of_stable_diffusion():
+    sizes = stable_diffusion.arguments('sd21', 'unet')
+    network = weights.abstract(UNet, **sizes, dtype=jnp.float32)
+    made = Stacks(network, meshes.make_mesh())
+    stacks = jax.eval_shape(made.stack, made.params)
+    assert (len(jax.tree.leaves(made.params)), len(jax.tree.leaves(stacks))) == (686, 67)
 
 
 def linear_step(loss, **kwargs):
     """A step of a one-parameter model."""
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     tx = optax.sgd(0.1)
-    graphdef, _, init = states.prepare(lambda rngs: nnx.Linear(1, 1, rngs=rngs), tx, mesh)
+    stacks, _, init = states.prepare(lambda rngs: nnx.Linear(1, 1, rngs=rngs), tx, mesh)
     kwargs = dict(ema_decay=0.5, accumulation=1) | kwargs
-    return functools.partial(
-        states.train_step, graphdef=graphdef, loss=loss, tx=tx, **kwargs
-    ), init(jax.random.key(0), {})
+    return functools.partial(states.train_step, stacks=stacks, loss=loss, tx=tx, **kwargs), init(
+        jax.random.key(0), {}
+    )
 
 
 def test_non_finite_updates_are_skipped_and_counted():
@@ -190,13 +231,13 @@ def test_average_follows_its_formula():
         return value, {'loss': value}
 
     step, state = linear_step(loss, ema_decay=0.15)
-    ema = float(state.ema['kernel'][0, 0])
+    ema = float(state.ema['kernel'][0, 0, 0])
     for n in range(3):
         batch = {'x': jnp.ones((2, 1)), 'place': jnp.arange(2)}
         state, _ = step(state, {}, batch, jax.random.key(0))
         decay = min(0.15, (1 + n) / (10 + n))
-        ema = decay * ema + (1 - decay) * float(state.params['kernel'][0, 0])
-        assert float(state.ema['kernel'][0, 0]) == pytest.approx(ema, rel=1e-5)
+        ema = decay * ema + (1 - decay) * float(state.params['kernel'][0, 0, 0])
+        assert float(state.ema['kernel'][0, 0, 0]) == pytest.approx(ema, rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -311,13 +352,13 @@ def test_model_flops_count_the_frozen_encoder_once():
     }
 
     def forward(params, *args):
-        return nnx.merge(made.graphdef, params)(*args)
+        return nnx.merge(made.stacks.graphdef, params)(*args)
 
     x, t = (
         jax.ShapeDtypeStruct((8, 16, 16, 3), jnp.float32),
         jax.ShapeDtypeStruct((8,), jnp.float32),
     )
-    network = flops.count(forward, made.abstract.params, x, t, batch['label']).flops
+    network = flops.count(forward, made.stacks.params, x, t, batch['label']).flops
     clip = jax.ShapeDtypeStruct(batch['video'].shape, jnp.float32)
     encoder = flops.count(autoencoder.encode, clip).flops
     counted = made.flops({'autoencoder': autoencoder}, batch)

@@ -294,11 +294,12 @@ def save(
 ):
     """Writes the checkpoint of step 1, with an optimizer that has not begun."""
     tx = states.optimizer(getattr(config, stage).train)
-    _, abstract, _ = states.prepare(
+    stacks, abstract, _ = states.prepare(
         lambda rngs: make_network(stage, config, classes, rngs), tx, mesh
     )
     sharding = jax.tree.map(lambda x: x.sharding, abstract)
-    params = jax.device_put(params, sharding.params)
+    params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, stacks.params))
+    params = jax.jit(stacks.stack, out_shardings=sharding.params)(params)
     state = states.TrainState(
         **jax.device_put(
             {'step': np.int32(STEP), 'nonfinite': np.int32(0), 'skipped': np.int32(0)},

@@ -174,6 +174,33 @@ def gathered(block: nnx.Module, keep: tuple[str, ...] = ('tensor',)) -> nnx.Modu
     return nnx.merge(graphdef, params)
 
 
+def run_block(block: nnx.Module, *inputs: Array, remat: str = 'none') -> Array:
+    """block(*inputs) with its parameters `gathered`, and the REMAT policy of that name.
+
+    A function of its own in the program: blocks of one form are traced once, however many there
+    are, in their places of a network that cannot be stacked.
+    """
+    graphdef, params = nnx.split(block, nnx.Param)
+    return _run_block(graphdef, nnx.to_pure_dict(params), *inputs, remat=remat)
+
+
+@functools.partial(jax.jit, static_argnames=('graphdef', 'remat'))
+def _run_block(graphdef, params, *inputs, remat):
+    def call(params, *inputs):
+        return gathered(nnx.merge(graphdef, params))(*inputs)
+
+    return _checkpointed(call, remat)(params, *inputs)
+
+
+def _checkpointed(call: Callable, remat: str, **kwargs) -> Callable:
+    """A function whose intermediate results the backward pass keeps by that policy of REMAT."""
+    names = REMAT[remat]
+    if names is None:
+        return call
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint(call, policy=policy, **kwargs)
+
+
 def restack(blocks: Sequence[nnx.Module]) -> nnx.Module:
     """Blocks of one form that were made one by one, as `stack` would have made them."""
     states = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
@@ -191,8 +218,4 @@ def run_stack(
     def body(x, block):
         return call(gathered(block, keep), x), None
 
-    names = REMAT[remat]
-    if names is not None:
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
-        body = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)(body)
-    return jax.lax.scan(body, x, blocks)[0]
+    return jax.lax.scan(_checkpointed(body, remat, prevent_cse=False), x, blocks)[0]

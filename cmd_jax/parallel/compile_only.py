@@ -43,12 +43,18 @@ CHIPS = {
 }
 UTILISATION = 0.4  # of the peak, for the step time that is told
 
-# Without the search for the fastest tiles and overlaps, which takes most of the time: what is
-# computed, where it lies and what is communicated stay the same.
+# Without the search for the fastest tiles and overlaps, which takes most of the time; with one
+# route for a reduction, not several; with no reductions joined, as the code for one grows faster
+# than the number of its arrays; with equal code made once. What is computed, where it lies and the
+# bytes that are communicated stay the same. Reductions are more, and need less memory by what is
+# joined.
 QUICK = {
     'exec_time_optimization_effort': -1.0,
     'xla_tpu_enable_async_collective_fusion': 'false',
     'xla_jf_convolution_performance_target': '0',
+    'xla_jf_use_multi_colors_in_all_reduce_if_supported': 'false',
+    'xla_jf_crs_combiner_threshold_count': '1',
+    'xla_tpu_enable_deduplicated_calls': 'true',
 }
 
 

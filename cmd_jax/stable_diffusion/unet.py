@@ -7,7 +7,6 @@ Modules and attributes carry diffusers' names (`UNet2DConditionModel`).
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float
 
 from cmd_jax.errors import UserError
 from cmd_jax.models.dit import timestep_features
-from cmd_jax.models.layers import gathered, gelu, linear
+from cmd_jax.models.layers import gathered, gelu, linear, run_block
 from cmd_jax.parallel.mesh import shard
 from cmd_jax.stable_diffusion.layers import (
     Attention,
@@ -141,9 +140,9 @@ class Level(nnx.Module):
         self.downsamplers = nnx.List([Downsample(last, both_sides=True, **kwargs)] if down else [])
         self.upsamplers = nnx.List([Upsample(last, **kwargs)] if up else [])
 
-    def layer(self, i: int, x, time, text):
-        x = gathered(self.resnets[i])(x, time)
-        return gathered(self.attentions[i])(x, text) if self.attentions else x
+    def layer(self, i: int, x, time, text, remat: str):
+        x = run_block(self.resnets[i], x, time, remat=remat)
+        return run_block(self.attentions[i], x, text, remat=remat) if self.attentions else x
 
 
 class Middle(nnx.Module):
@@ -153,10 +152,10 @@ class Middle(nnx.Module):
         self.resnets = nnx.List([make_resnet(dim, dim), make_resnet(dim, dim)])
         self.attentions = nnx.List([make_attention(dim)])
 
-    def __call__(self, x, time, text):
-        x = gathered(self.resnets[0])(x, time)
-        x = gathered(self.attentions[0])(x, text)
-        return gathered(self.resnets[1])(x, time)
+    def __call__(self, x, time, text, remat: str):
+        x = run_block(self.resnets[0], x, time, remat=remat)
+        x = run_block(self.attentions[0], x, text, remat=remat)
+        return run_block(self.resnets[1], x, time, remat=remat)
 
 
 class UNet(nnx.Module):
@@ -248,27 +247,22 @@ class UNet(nnx.Module):
     ) -> Float[Array, 'b h w c']:
         """Noisy latents, timesteps in 0..1000, text features -> epsilon or v, float32."""
 
-        def run(level, i, x):
-            def call(level, x):
-                return level.layer(i, x, time, text)
-
-            return (jax.checkpoint(call) if self.remat == 'full' else call)(level, x)
-
         time = self.time_embedding(timestep_features(t, self.time_dim).astype(self.dtype))
         x, text = x.astype(self.dtype), shard(text.astype(self.dtype), 'batch', None, None)
         x = self.conv_in(x)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = run(level, i, x)
+                x = level.layer(i, x, time, text, self.remat)
                 skips.append(x)
             for downsample in level.downsamplers:
                 x = gathered(downsample)(x)
                 skips.append(x)
-        x = self.mid_block(x, time, text)
+        x = self.mid_block(x, time, text, self.remat)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = run(level, i, jnp.concatenate([x, skips.pop()], axis=-1))
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = level.layer(i, x, time, text, self.remat)
             for upsample in level.upsamplers:
                 # The size of what comes next, which is odd where a halving was rounded up.
                 x = gathered(upsample)(x, skips[-1].shape[1:3])

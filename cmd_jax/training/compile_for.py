@@ -190,7 +190,7 @@ def measure(
             mesh=dict(mesh.shape),
             batch_size=train.batch_size,
             accumulation=made.stage.accumulation,
-            parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(made.abstract.params)),
+            parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(made.stacks.params)),
             state_bytes=bytes_on_chip(made.abstract),
             frozen_bytes=bytes_on_chip(given.networks),
             replicated=replicated({'state': made.abstract, 'frozen': given.networks}),

@@ -257,7 +257,7 @@ def replay(where: Path, stored: Dump) -> dict:
                 )
             return put(found, x.sharding)
 
-        params = jax.tree_util.tree_map_with_path(place, made.abstract.params)
+        params = jax.tree_util.tree_map_with_path(place, made.stacks.params)
         # Each row where it lay, so that sums are taken in the same order.
         batch = put(stored.batch, batch_sharding(mesh))
         key, _ = jax.random.split(jax.random.key(config.seed))

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from absl import logging
 from clu import parameter_overview
-from flax import nnx
 
 from cmd_jax import atomic
 from cmd_jax.data import pipeline
@@ -132,7 +131,7 @@ def train_stage(
             step = int(state.step)
 
             def preview(step, state):
-                model, count = nnx.merge(made.graphdef, state.ema), settings.test_clips
+                model, count = made.stacks.network(state.ema), settings.test_clips
                 some = {k: x[: max(count, previews.PREVIEWS)] for k, x in clips.items()}
                 some = given.inputs(some)
                 out, together = previews.make(stage.preview, model, networks, some, mesh)
@@ -169,7 +168,8 @@ def train_stage(
             nonfinite = int(jax.device_get(scalars['nonfinite']))
             if nonfinite >= settings.max_nonfinite:
                 with jax.transfer_guard('allow'):
-                    found = divergence.dump(folder, made, state.params, networks, batch, key, step)
+                    params = made.stacks.unstacked(state.params)
+                    found = divergence.dump(folder, made, params, networks, batch, key, step)
                 raise UserError(divergence.message(name, settings, *found))
             due = step == 1 or step % settings.log_every == 0 or step == settings.steps
             if main and due:
@@ -262,7 +262,7 @@ def compile_step(made: program.Program, state, networks: dict, batch: dict, key,
             f'{name}: the step does not fit into the memory of the devices, with {there} examples '
             f'at a time on each ({str(e).splitlines()[0][:200]}): {remedy}'
         ) from e
-    table = parameter_overview.get_parameter_overview(state.params, include_stats='sharding')
+    table = parameter_overview.get_parameter_overview(made.stacks.params, include_stats='sharding')
     logging.info('%s on %s\n%s', name, dict(mesh.shape), table)
     memory = compiled.memory_analysis()
     logging.info(

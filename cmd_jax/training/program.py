@@ -14,6 +14,7 @@ from flax import nnx
 from cmd_jax.models import flops
 from cmd_jax.parallel.mesh import batch_sharding, replicated
 from cmd_jax.training import state as states
+from cmd_jax.training.stacks import Stacks
 from cmd_jax.training.stages import Stage
 
 
@@ -23,7 +24,7 @@ class Program:
 
     Attributes:
       stage: see `stages`.
-      graphdef: of the network.
+      stacks: the form of the network's parameters in the state.
       abstract: shapes and layouts of the train state.
       init: (key, start) -> initial state.
       gradient: (params, frozen, batch, key, step) -> (gradient, metrics).
@@ -31,7 +32,7 @@ class Program:
     """
 
     stage: Stage
-    graphdef: nnx.GraphDef
+    stacks: Stacks
     abstract: states.TrainState
     init: Callable
     gradient: Callable
@@ -45,13 +46,13 @@ class Program:
             return states.example_keys(jax.random.key(0), batch)
 
         def forward(params, frozen, batch):
-            model = nnx.merge(self.graphdef, params)
+            model = nnx.merge(self.stacks.graphdef, params)
             return self.stage.loss(model, frozen, batch, keys(batch))[0]
 
         def frozen_pass(frozen, batch):
             return self.stage.frozen_pass(frozen, batch, keys(batch))
 
-        whole = flops.count(forward, self.abstract.params, frozen, batch).flops
+        whole = flops.count(forward, self.stacks.params, frozen, batch).flops
         fixed = flops.count(frozen_pass, frozen, batch).flops
         return 3.0 * whole - 2.0 * fixed
 
@@ -59,16 +60,17 @@ class Program:
 def make(stage: Stage) -> Program:
     """The program of a stage; to be called with its mesh set."""
     settings, tx = stage.train, states.optimizer(stage.train)
-    graphdef, abstract, init = states.prepare(stage.make_model, tx, stage.mesh)
-    about = dict(graphdef=graphdef, loss=stage.loss, accumulation=stage.accumulation)
+    stacks, abstract, init = states.prepare(stage.make_model, tx, stage.mesh)
+    about = dict(loss=stage.loss, accumulation=stage.accumulation)
+    update = dict(stacks=stacks, tx=tx, ema_decay=settings.ema_decay)
     step = jax.jit(
-        functools.partial(states.train_step, tx=tx, ema_decay=settings.ema_decay, **about),
+        functools.partial(states.train_step, **update, **about),
         donate_argnames='state',
         out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(stage.mesh)),
         compiler_options=compiler_options(stage.mesh),
     )
-    gradient = functools.partial(states.gradient, **about)
-    return Program(stage, graphdef, abstract, init, gradient, step)
+    gradient = functools.partial(states.gradient, graphdef=stacks.graphdef, **about)
+    return Program(stage, stacks, abstract, init, gradient, step)
 
 
 def compiler_options(mesh) -> dict[str, str]:

@@ -11,6 +11,7 @@ from flax import nnx, struct
 from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import param_sharding, path_name
 from cmd_jax.training.config import Train
+from cmd_jax.training.stacks import Stacks
 
 Leaf = typing.Any  # jax.Array, jax.ShapeDtypeStruct or jax.sharding.Sharding
 
@@ -23,8 +24,8 @@ class TrainState:
       step: updates tried so far, int32.
       nonfinite: skipped updates since the last good one, int32.
       skipped: skipped updates in all, int32.
-      params, ema: nested dicts of float32.
-      opt_state: optax state.
+      params, ema: nested dicts of float32, stacked (see `stacks`).
+      opt_state: optax state of the same form.
     """
 
     step: Leaf
@@ -73,30 +74,33 @@ def prepare(
     make_model: Callable[[nnx.Rngs], nnx.Module],
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-) -> tuple[nnx.GraphDef, TrainState, Callable[[jax.Array, dict], TrainState]]:
-    """(graph of the model, the state's shapes and shardings, initial state).
+) -> tuple[Stacks, TrainState, Callable[[jax.Array, dict], TrainState]]:
+    """(form of the parameters, the state's shapes and shardings, initial state).
 
     Nothing is allocated: a run that goes on restores into the shapes. The initial state is made of
     a key and of {path: array}, parameters that do not begin at random. It is made where it will
     lie: no device ever holds the whole of a sharded model.
     """
-    graphdef = nnx.split(nnx.eval_shape(lambda: make_model(make_rngs(0))), nnx.Param)[0]
+    stacks = Stacks(nnx.eval_shape(lambda: make_model(make_rngs(0))), mesh)
+
+    def begin(params):
+        zero, params = jnp.int32(0), stacks.stack(params)
+        return TrainState(zero, zero, zero, params, params, tx.init(params))
 
     def init(key, start):
         params = nnx.to_pure_dict(nnx.state(make_model(make_rngs(key)), nnx.Param))
         params = jax.tree_util.tree_map_with_path(
             lambda path, x: start.get(path_name(path), x).astype(x.dtype), params
         )
-        zero = jnp.int32(0)
-        return TrainState(zero, zero, zero, params, params, tx.init(params))
+        return begin(params)
 
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0), {}))
+    shapes = jax.eval_shape(begin, stacks.params)
     # By their paths: every slot of the optimizer lies like the parameter that it mirrors.
     sharding = param_sharding(shapes, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
     )
-    return graphdef, abstract, jax.jit(init, out_shardings=sharding, donate_argnames='start')
+    return stacks, abstract, jax.jit(init, out_shardings=sharding)
 
 
 def example_keys(key: jax.Array, batch: dict) -> jax.Array:
@@ -150,13 +154,17 @@ def train_step(
     batch: dict,
     key: jax.Array,
     *,
+    stacks: Stacks,
     tx: optax.GradientTransformation,
     ema_decay: float,
     **about,
 ) -> tuple[TrainState, dict]:
-    """One update; `about`: graphdef, loss and accumulation, see `gradient`. One with a non-finite
-    loss or gradient is skipped, and counted."""
-    grads, metrics = gradient(state.params, frozen, batch, key, state.step, **about)
+    """One update; `about`: loss and accumulation, see `gradient`. One with a non-finite loss or
+    gradient is skipped, and counted."""
+    params = stacks.unstack(state.params)
+    about['graphdef'] = stacks.graphdef
+    grads, metrics = gradient(params, frozen, batch, key, state.step, **about)
+    grads = stacks.stack(grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -23,6 +23,7 @@ from cmd_jax.training import config as configs
 from cmd_jax.training import integrity, metrics
 from cmd_jax.training.checkpoint import Checkpoints
 from cmd_jax.training.parts import make_network
+from cmd_jax.training.stacks import Stacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +96,8 @@ def load(
     inputs = json.loads((folder / 'inputs.json').read_text())
     classes = len(inputs['class_names'])
     abstract = nnx.eval_shape(lambda: make_network(stage, config, classes, make_rngs(0)))
-    graphdef, params = nnx.split(abstract, nnx.Param)
-    params = nnx.to_pure_dict(params)
+    stacks = Stacks(abstract, mesh)
+    params = jax.eval_shape(stacks.stack, stacks.params)
     tree = {'ema': jax.tree.map(placed, params, param_sharding(params, mesh))}
     if stage == 'motion':
         vector = jax.ShapeDtypeStruct((config.autoencoder.model.motion_channels,), jnp.float32)
@@ -110,7 +111,7 @@ def load(
         stored = checkpoints.restore_model(tree)
         sha256 = integrity.fingerprint(checkpoints.folder / str(step))
     return Trained(
-        network=nnx.merge(graphdef, stored['ema']),
+        network=stacks.network(stored['ema']),
         config=config,
         step=step,
         sha256=sha256,
