@@ -127,7 +127,7 @@ def test_another_shape(tmp_path):
     fill(tmp_path, 1)
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(
-            UserError, match=r'1 does not fit .* opt_state/0/mu/bias: \(1, 16\) -> \(1, 24,'
+            UserError, match=r'1 does not fit .* opt_state/0/mu/bias: \(1, 16\) -> \(1, 24\)'
         ):
             checkpoints.restore(prepare(width=24)[0], None)
         with pytest.raises(UserError, match=r'ema/bias: \(1, 16\) -> \(1, 24\)'):

@@ -122,6 +122,16 @@ def param_sharding(params, mesh: jax.sharding.Mesh):
     )
 
 
+def abstract_params(params, mesh: jax.sharding.Mesh, dtype=None):
+    """ShapeDtypeStructs that lie on the mesh as `param_sharding` says, of another dtype if one is
+    given."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where),
+        params,
+        param_sharding(params, mesh),
+    )
+
+
 def _spec(path: str, shape: tuple[int, ...], mesh) -> P:
     spec = PARAMS[rule(path)][1]
     spec = (None,) * (len(shape) - len(spec)) + spec

@@ -19,7 +19,7 @@ from cmd_jax.errors import UserError
 from cmd_jax.evaluation.networks import lpips
 from cmd_jax.models.layers import in_compute_dtype
 from cmd_jax.models.rngs import make_rngs
-from cmd_jax.parallel.mesh import compute_dtype, param_sharding, replicated
+from cmd_jax.parallel.mesh import abstract_params, compute_dtype, param_sharding, replicated
 from cmd_jax.parallel.placement import fetch, put, put_batch
 from cmd_jax.stable_diffusion import weights
 from cmd_jax.stable_diffusion.folder import PARTS
@@ -131,13 +131,7 @@ def abstract(name: str, config: configs.Config, mesh) -> tuple[Frozen, dict]:
 def shaped(module: nnx.Module, mesh, dtype=None) -> nnx.Module:
     """An abstract network with layouts, and with parameters of another dtype if one is given."""
     graphdef, params = nnx.split(module, nnx.Param)
-    params = nnx.to_pure_dict(params)
-    params = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where),
-        params,
-        param_sharding(params, mesh),
-    )
-    return nnx.merge(graphdef, params)
+    return nnx.merge(graphdef, abstract_params(nnx.to_pure_dict(params), mesh, dtype))
 
 
 def place(module: nnx.Module, mesh) -> nnx.Module:

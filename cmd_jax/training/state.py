@@ -9,7 +9,7 @@ import optax
 from flax import nnx, struct
 
 from cmd_jax.models.rngs import make_rngs
-from cmd_jax.parallel.mesh import param_sharding, path_name
+from cmd_jax.parallel.mesh import abstract_params, path_name
 from cmd_jax.training.config import Train
 from cmd_jax.training.stacks import Stacks
 
@@ -94,12 +94,9 @@ def prepare(
         )
         return begin(params)
 
-    shapes = jax.eval_shape(begin, stacks.params)
     # By their paths: every slot of the optimizer lies like the parameter that it mirrors.
-    sharding = param_sharding(shapes, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding
-    )
+    abstract = abstract_params(jax.eval_shape(begin, stacks.params), mesh)
+    sharding = jax.tree.map(lambda x: x.sharding, abstract)
     return stacks, abstract, jax.jit(init, out_shardings=sharding)
 
 
@@ -161,9 +158,8 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One update; `about`: loss and accumulation, see `gradient`. One with a non-finite loss or
     gradient is skipped, and counted."""
-    params = stacks.unstack(state.params)
-    about['graphdef'] = stacks.graphdef
-    grads, metrics = gradient(params, frozen, batch, key, state.step, **about)
+    inputs = stacks.unstack(state.params), frozen, batch, key, state.step
+    grads, metrics = gradient(*inputs, graphdef=stacks.graphdef, **about)
     grads = stacks.stack(grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)

@@ -17,7 +17,7 @@ from flax import nnx
 from cmd_jax import atomic
 from cmd_jax.errors import UserError
 from cmd_jax.models.rngs import make_rngs
-from cmd_jax.parallel.mesh import param_sharding, path_name, replicated
+from cmd_jax.parallel.mesh import abstract_params, path_name, replicated
 from cmd_jax.parallel.placement import fetch
 from cmd_jax.training import config as configs
 from cmd_jax.training import integrity, metrics
@@ -97,11 +97,11 @@ def load(
     classes = len(inputs['class_names'])
     abstract = nnx.eval_shape(lambda: make_network(stage, config, classes, make_rngs(0)))
     stacks = Stacks(abstract, mesh)
-    params = jax.eval_shape(stacks.stack, stacks.params)
-    tree = {'ema': jax.tree.map(placed, params, param_sharding(params, mesh))}
+    tree = {'ema': abstract_params(jax.eval_shape(stacks.stack, stacks.params), mesh)}
     if stage == 'motion':
-        vector = jax.ShapeDtypeStruct((config.autoencoder.model.motion_channels,), jnp.float32)
-        tree['statistics'] = dict.fromkeys(('mean', 'std'), placed(vector, replicated(mesh)))
+        size = (config.autoencoder.model.motion_channels,)
+        vector = jax.ShapeDtypeStruct(size, jnp.float32, sharding=replicated(mesh))
+        tree['statistics'] = dict.fromkeys(('mean', 'std'), vector)
     with Checkpoints(folder / 'checkpoints', model_only=True) as checkpoints:
         step, steps = checkpoints.latest, getattr(config, stage).train.steps
         if step is None or step < steps:
@@ -128,10 +128,6 @@ def fingerprint(network: nnx.Module) -> str:
         digest.update(path_name(path).encode())
         digest.update(np.ascontiguousarray(fetch(x)).tobytes())
     return digest.hexdigest()
-
-
-def placed(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def training_cost(workdir: str | Path, stage: str) -> dict[str, float]:
