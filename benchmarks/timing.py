@@ -73,5 +73,6 @@ def machine() -> dict:
         'jax': jax.__version__,
         'processor': processor(),
         'glibc_tunables': os.environ.get('GLIBC_TUNABLES'),
+        'preloaded': os.environ.get('LD_PRELOAD'),
         'date': time.strftime('%Y-%m-%d'),
     }

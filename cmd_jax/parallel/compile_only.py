@@ -43,19 +43,23 @@ CHIPS = {
 }
 UTILISATION = 0.4  # of the peak, for the step time that is told
 
-# Without the search for the fastest tiles and overlaps, which takes most of the time; with one
-# route for a reduction, not several; with no reductions joined, as the code for one grows faster
-# than the number of its arrays; with equal code made once. What is computed, where it lies and the
-# bytes that are communicated stay the same. Reductions are more, and need less memory by what is
-# joined.
+# Machine code that is made quickly, not quick machine code: with no search for the fastest tiles and
+# overlaps, which takes most of the time, and few tiles to choose from; instructions in the order in
+# which they come; one route for a reduction, not several; no reductions joined, as the code for one
+# grows faster than the number of its arrays; equal code made once. What is computed, where it lies
+# and the bytes that are communicated stay the same. Reductions are more, and need less memory by
+# what is joined; the code is larger by some ten megabytes.
 QUICK = {
     'exec_time_optimization_effort': -1.0,
     'xla_tpu_enable_async_collective_fusion': 'false',
     'xla_jf_convolution_performance_target': '0',
+    'xla_jf_fusion_max_instruction_count_for_window_config': '1',
+    'xla_jf_naive_bundle_packer': 'true',
     'xla_jf_use_multi_colors_in_all_reduce_if_supported': 'false',
     'xla_jf_crs_combiner_threshold_count': '1',
     'xla_tpu_enable_deduplicated_calls': 'true',
 }
+TILES = {'xla_tpu_scoped_vmem_limit_kib': '8192'}  # of vector memory; kernels may need more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,8 @@ def find_all(names: Sequence[str]) -> list[Slice]:
     # The compiler reads it once in a process.
     if not any('*' in name for name in names):
         os.environ.setdefault('LIBTPU_INIT_ARGS', PARALLEL)
+    # Every operation would carry the lines of source that it comes from through all passes.
+    jax.config.update('jax_traceback_in_locations_limit', 0)
     return [find(name) for name in names]
 
 
@@ -164,7 +170,7 @@ def compile_program(lowered: typing.Any, search: bool = False) -> tuple[typing.A
     """
     started = time.time()
     try:
-        program = lowered.compile(compiler_options=None if search else QUICK)
+        program = _compile(lowered, search)
     except jax.errors.JaxRuntimeError as e:
         if 'RESOURCE_EXHAUSTED' not in str(e):
             raise
@@ -181,6 +187,17 @@ def compile_program(lowered: typing.Any, search: bool = False) -> tuple[typing.A
         collectives=programs.collectives(computations),
         traffic=programs.memory_traffic(computations),
     )
+
+
+def _compile(lowered, search: bool):
+    if search:
+        return lowered.compile()
+    try:
+        return lowered.compile(compiler_options=QUICK | TILES)
+    except jax.errors.JaxRuntimeError as e:
+        if 'memory space vmem' not in str(e):
+            raise
+    return lowered.compile(compiler_options=QUICK)
 
 
 class DoesNotFit(Exception):

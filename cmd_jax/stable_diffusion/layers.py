@@ -4,9 +4,10 @@ Modules and their attributes are named as diffusers names its parameters, so tha
 files onto them by one rule. Images are channels-last, [b h w c].
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -45,8 +46,25 @@ def conv(
     return made
 
 
-def group_norm(dim: int, groups: int, epsilon: float, *, dtype, rngs) -> nnx.GroupNorm:
-    return nnx.GroupNorm(dim, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
+class GroupNorm(nnx.GroupNorm):
+    """Statistics of each channel over the pixels, and of these over a channel's group.
+
+    Images keep their shape. nnx's splits their channels into groups of a few, which a TPU lays out
+    in rows of 128: copies many times the image.
+    """
+
+    def __call__(self, x: Float[Array, 'b h w c']) -> Float[Array, 'b h w c']:
+        wide = x.astype(jnp.float32)
+        moments = jnp.stack([wide.mean((1, 2)), jnp.square(wide).mean((1, 2))])
+        moments = reduce(moments, 'm b (g c) -> m b g', 'mean', g=self.num_groups)
+        mean, square = repeat(moments, 'm b g -> m b 1 1 (g c)', c=self.group_size)
+        variance = jnp.maximum(square - jnp.square(mean), 0)
+        factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        return ((wide - mean) * factor + self.bias[...]).astype(self.dtype)
+
+
+def group_norm(dim: int, groups: int, epsilon: float, *, dtype, rngs) -> GroupNorm:
+    return GroupNorm(dim, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
 class Identity(nnx.Module):

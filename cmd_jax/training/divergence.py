@@ -116,7 +116,8 @@ def examine(made: program.Program, params, networks, batch, key, step: int) -> d
     """
 
     def compute(params, networks, batch, key, step):
-        grads, metrics = made.gradient(params, networks, batch, key, step)
+        stacked, metrics = made.gradient(made.stacks.stack(params), networks, batch, key, step)
+        grads = made.stacks.unstack(stacked)
         # What the update was skipped for: its squares may overflow where no entry does.
         return norms(params), norms(grads), metrics | {'grad_norm': optax.tree.norm(grads)}
 

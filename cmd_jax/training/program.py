@@ -27,7 +27,7 @@ class Program:
       stacks: the form of the network's parameters in the state.
       abstract: shapes and layouts of the train state.
       init: (key, start) -> initial state.
-      gradient: (params, frozen, batch, key, step) -> (gradient, metrics).
+      gradient: (params, frozen, batch, key, step) -> (gradient, metrics), see `state.gradient`.
       step: jitted (state, frozen, batch, key) -> (state, metrics); the state is donated.
     """
 
@@ -69,7 +69,7 @@ def make(stage: Stage) -> Program:
         out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(stage.mesh)),
         compiler_options=compiler_options(stage.mesh),
     )
-    gradient = functools.partial(states.gradient, graphdef=stacks.graphdef, **about)
+    gradient = functools.partial(states.gradient, stacks=stacks, **about)
     return Program(stage, stacks, abstract, init, gradient, step)
 
 

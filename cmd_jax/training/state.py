@@ -112,12 +112,12 @@ def gradient(
     key: jax.Array,
     step: jax.Array,
     *,
-    graphdef: nnx.GraphDef,
+    stacks: Stacks,
     loss: Callable,
     accumulation: int,
 ) -> tuple[dict, dict]:
     """(gradient, metrics) of a step. `loss(model, frozen, batch, keys)` -> (scalar, metrics), with
-    a key an example.
+    a key an example. Parameters and gradient are stacks.
 
     Randomness depends on the run's key, the step and the example's place in the batch alone, not on
     how the batch is split over hosts, devices or accumulation steps.
@@ -125,7 +125,7 @@ def gradient(
     keys = example_keys(jax.random.fold_in(key, step), batch)
 
     def compute(params, batch, keys):
-        return loss(nnx.merge(graphdef, params), frozen, batch, keys)
+        return loss(nnx.merge(stacks.graphdef, stacks.unstack(params)), frozen, batch, keys)
 
     grad = jax.value_and_grad(compute, has_aux=True)
     if accumulation == 1:
@@ -158,9 +158,8 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One update; `about`: loss and accumulation, see `gradient`. One with a non-finite loss or
     gradient is skipped, and counted."""
-    inputs = stacks.unstack(state.params), frozen, batch, key, state.step
-    grads, metrics = gradient(*inputs, graphdef=stacks.graphdef, **about)
-    grads = stacks.stack(grads)
+    inputs = state.params, frozen, batch, key, state.step
+    grads, metrics = gradient(*inputs, stacks=stacks, **about)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
