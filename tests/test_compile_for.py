@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -80,6 +81,21 @@ def test_what_does_not_fit_is_told():
     with jax.set_mesh(mesh), pytest.raises(compile_only.DoesNotFit) as e:
         compile_only.compile_program(jax.jit(lambda x: jnp.sin(x)).lower(x))
     assert e.value.needed is None or e.value.needed > 2**35
+
+
+def test_a_kernel_has_the_vector_memory_that_it_needs():
+    mesh = meshes.make_mesh(devices=compile_only.find('v5e:1x1').devices)
+    # With its result ten megabytes, of the chip's sixteen.
+    x = jax.ShapeDtypeStruct((1024, 1280), jnp.float32, sharding=meshes.replicated(mesh))
+
+    def kernel(x, out):
+        out[...] = 2 * x[...]
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(pl.pallas_call(kernel, out_shape=x)).lower(x)
+    with pytest.raises(jax.errors.JaxRuntimeError, match='memory space vmem'):
+        lowered.compile(compiler_options=compile_only.QUICK | compile_only.TILES)
+    assert compile_only.compile_program(lowered)[1].arguments == x.size * 4
 
 
 @pytest.fixture(scope='module')

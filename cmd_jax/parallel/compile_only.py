@@ -43,12 +43,13 @@ CHIPS = {
 }
 UTILISATION = 0.4  # of the peak, for the step time that is told
 
-# Machine code that is made quickly, not quick machine code: with no search for the fastest tiles and
-# overlaps, which takes most of the time, and few tiles to choose from; instructions in the order in
-# which they come; one route for a reduction, not several; no reductions joined, as the code for one
-# grows faster than the number of its arrays; equal code made once. What is computed, where it lies
+# Machine code that is made quickly, not quick machine code: with no search for the fastest tiles
+# and overlaps, which takes most of the time, and few tiles to choose from; instructions in the
+# order in which they come; one route for a reduction, not several; no reductions joined, as the
+# code for one grows faster than the number of its arrays; equal code made once. What is computed
 # and the bytes that are communicated stay the same. Reductions are more, and need less memory by
-# what is joined; the code is larger by some ten megabytes.
+# what is joined; the code is larger by some ten megabytes, and buffers may lie with more room
+# between them.
 QUICK = {
     'exec_time_optimization_effort': -1.0,
     'xla_tpu_enable_async_collective_fusion': 'false',
