@@ -6,7 +6,7 @@
 Compiles the steps of the shipped configs for v5e:4x4, v5e:8x8, v5p:4x4x4 and v6e:8x8, and sampling
 at 512 x 1024 for one chip; writes results/pods.json and prints the tables. A row that is there is
 kept (--again: made anew; --only=NAME: some of them). `make pods` gives the compiler the allocator
-of Debian's libmimalloc2.0 where it is installed, with which it takes a seventh less time.
+of Debian's libmimalloc2.0 where it is installed.
 """
 
 import importlib
