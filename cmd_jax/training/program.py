@@ -27,7 +27,7 @@ class Program:
       stacks: the form of the network's parameters in the state.
       abstract: shapes and layouts of the train state.
       init: (key, start) -> initial state.
-      gradient: (params, frozen, batch, key, step) -> (gradient, metrics), see `state.gradient`.
+      gradient: (params, frozen, batch, key, step) -> (gradient, metrics), of stacks.
       step: jitted (state, frozen, batch, key) -> (state, metrics); the state is donated.
     """
 

@@ -158,8 +158,7 @@ def train_step(
 ) -> tuple[TrainState, dict]:
     """One update; `about`: loss and accumulation, see `gradient`. One with a non-finite loss or
     gradient is skipped, and counted."""
-    inputs = state.params, frozen, batch, key, state.step
-    grads, metrics = gradient(*inputs, stacks=stacks, **about)
+    grads, metrics = gradient(state.params, frozen, batch, key, state.step, stacks=stacks, **about)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
