@@ -63,12 +63,11 @@ benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
 baseline: $(STAMPS)/requirements-parity.txt  ## Our networks beside PyTorch's and diffusers' on this machine.
 	$(BIN)/python -m benchmarks.baseline
 
-pods: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=2000:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
-# Compilers allocate much: a quicker allocator, where there is one.
-pods: export LD_PRELOAD := $(firstword $(wildcard /usr/lib/*/libmimalloc.so.2))
-pods: export MIMALLOC_ALLOW_LARGE_OS_PAGES := 1
+# Compilers allocate much; TBB's allocator is quicker than glibc's. The second library finds the first.
+TBB := $(CURDIR)/$(VENV)/lib/libtbbmalloc
 pods: $(STAMPS)/requirements-tpu-compile.txt  ## What training costs on TPU slices, by their compiler: less than an hour for all configs.
-	JAX_PLATFORMS=cpu $(BIN)/python -m benchmarks.pods
+	LD_PRELOAD=$(TBB).so.2:$(TBB)_proxy.so.2 TBB_MALLOC_USE_HUGE_PAGES=1 JAX_PLATFORMS=cpu \
+	  $(BIN)/python -m benchmarks.pods
 
 clean:  ## Removes .venv and every cache; runs/ stays.
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info

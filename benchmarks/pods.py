@@ -4,17 +4,19 @@
     python -m benchmarks.pods
 
 Compiles the steps of the shipped configs for v5e:4x4, v5e:8x8, v5p:4x4x4 and v6e:8x8, and sampling
-at 512 x 1024 for one chip; writes results/pods.json and prints the tables. A row that is there is
-kept (--again: made anew; --only=NAME: some of them). `make pods` gives the compiler the allocator
-of Debian's libmimalloc2.0 where it is installed.
+at 512 x 1024 for one chip, each in a process of its own as users do; writes results/pods.json and
+prints the tables. A row that is there is kept (--again: made anew; --only=NAME: some of them).
+`make pods` gives the compiler TBB's allocator.
 """
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from benchmarks import timing
 from cmd_jax import atomic, cli
@@ -36,6 +38,7 @@ SAMPLERS = tuple(
 )
 
 AGAIN = flags.DEFINE_bool('again', False, 'Make rows anew that are there already')
+ROW = flags.DEFINE_string('row', None, 'Make this row in this process')
 ONLY = flags.DEFINE_string('only', '', 'Rows with this in their names, such as sd21,content')
 
 
@@ -106,27 +109,38 @@ def table(rows: dict) -> str:
     return '\n'.join(lines)
 
 
+def make(key: str) -> dict:
+    """The row of that name."""
+    jax.config.update('jax_enable_compilation_cache', False)
+    title, name = key.removeprefix('sampling ').split(' on ')
+    place = compile_only.find_all([name])[0]
+    file, arg = title.split(':')
+    if key.startswith('sampling '):
+        row = sampler_row(shipped(file, f'{arg},all'), place)
+    else:
+        row = train_row(shipped(file, arg), place)
+    return row | {'machine': timing.machine()}
+
+
 def main():
     """Makes the rows that are missing, and prints the tables."""
-    jax.config.update('jax_enable_compilation_cache', False)
+    if ROW.value:
+        print(json.dumps(make(ROW.value)))
+        return
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    work = [
-        (f'{title} on {name}', train_row, arg, name) for title, *arg in CONFIGS for name in SLICES
-    ]
-    work += [
-        (f'sampling {title} on {name}', sampler_row, (*title.split(':'),), name)
-        for title, name in SAMPLERS
-    ]
-    names = list(dict.fromkeys(name for *_, name in work))
-    places = dict(zip(names, compile_only.find_all(names)))
-    for key, make, (file, arg), name in work:
+    keys = [f'{title} on {name}' for title, *_ in CONFIGS for name in SLICES]
+    keys += [f'sampling {title} on {name}' for title, name in SAMPLERS]
+    for key in keys:
         if ONLY.value not in key or (key in rows and not AGAIN.value):
             continue
-        logging.info('%s', key)
-        if make is sampler_row:
-            arg += ',all'
-        rows[key] = make(shipped(file, arg), places[name]) | {'machine': timing.machine()}
-        rows = {key: rows[key] for key, *_ in work if key in rows}
+        command = [sys.executable, '-m', 'benchmarks.pods', f'--row={key}']
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:  # it has said why
+            sys.exit(done.returncode)
+        *told, row = done.stdout.splitlines()
+        print(*told, sep='\n', flush=True)
+        rows[key] = json.loads(row)
+        rows = {key: rows[key] for key in keys if key in rows}
         atomic.write(RESULTS, json.dumps(rows, indent=1) + '\n')
     print(table(rows))
 

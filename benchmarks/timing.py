@@ -4,6 +4,7 @@ import os
 import platform
 import statistics
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,6 @@ def machine() -> dict:
         'jax': jax.__version__,
         'processor': processor(),
         'glibc_tunables': os.environ.get('GLIBC_TUNABLES'),
-        'preloaded': os.environ.get('LD_PRELOAD'),
+        'preloaded': [Path(x).name for x in os.environ.get('LD_PRELOAD', '').split(':') if x],
         'date': time.strftime('%Y-%m-%d'),
     }
