@@ -96,11 +96,8 @@ def main(_):
         title = f'step of {name}:{arg}'
         if ONLY.value not in title:
             continue
-        command = [sys.executable, '-m', 'benchmarks.compile', f'--case={name} {arg}']
-        load = os.getloadavg()[0]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        row = {'case': title, 'load_before': load, 'target': COMPILE_TARGET}
-        rows.append(row | json.loads(done.stdout.splitlines()[-1]))
+        row = {'case': title, 'load_before': os.getloadavg()[0], 'target': COMPILE_TARGET}
+        rows.append(row | timing.in_own_process('compile', f'--case={name} {arg}'))
         seconds = rows[-1]['trace_seconds'] + rows[-1]['compile_seconds']
         print(f'{title:40} {seconds:6.1f} s   target <= {COMPILE_TARGET} s', flush=True)
     if ONLY.value in 'sample.py':

@@ -12,8 +12,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 
 from absl import app, flags
@@ -116,13 +114,12 @@ def main(_):
     if CASE.value:
         print(json.dumps(measure(CASE.value)))
         return
-    results = []
+    from benchmarks import timing
+
+    results, same = [], (f'--remat={REMAT.value}', f'--repeats={REPEATS.value}')
     for case in CASES:
-        command = [sys.executable, '-m', 'benchmarks.models', f'--case={case}']
-        command += [f'--remat={REMAT.value}', f'--repeats={REPEATS.value}']
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        row = results[-1]
+        row = timing.in_own_process('models', f'--case={case}', *same)
+        results.append(row)
         print(
             f'{case:32} {row["seconds"]:7.2f} s  {row["peak_gb"]:5.2f} GB  '
             f'{row["gflops_per_second"]:6.0f} GFLOP/s (matrix product: '

@@ -11,8 +11,6 @@ prints the tables. A row that is there is kept (--again: made anew; --only=NAME:
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -38,7 +36,7 @@ SAMPLERS = tuple(
 )
 
 AGAIN = flags.DEFINE_bool('again', False, 'Make rows anew that are there already')
-ROW = flags.DEFINE_string('row', None, 'Make this row in this process')
+CASE = flags.DEFINE_string('case', None, 'Make this row in this process')
 ONLY = flags.DEFINE_string('only', '', 'Rows with this in their names, such as sd21,content')
 
 
@@ -124,8 +122,8 @@ def make(key: str) -> dict:
 
 def main():
     """Makes the rows that are missing, and prints the tables."""
-    if ROW.value:
-        print(json.dumps(make(ROW.value)))
+    if CASE.value:
+        print(json.dumps(make(CASE.value)))
         return
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     keys = [f'{title} on {name}' for title, *_ in CONFIGS for name in SLICES]
@@ -133,13 +131,7 @@ def main():
     for key in keys:
         if ONLY.value not in key or (key in rows and not AGAIN.value):
             continue
-        command = [sys.executable, '-m', 'benchmarks.pods', f'--row={key}']
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:  # it has said why
-            sys.exit(done.returncode)
-        *told, row = done.stdout.splitlines()
-        print(*told, sep='\n', flush=True)
-        rows[key] = json.loads(row)
+        rows[key] = timing.in_own_process('pods', f'--case={key}')
         rows = {key: rows[key] for key in keys if key in rows}
         atomic.write(RESULTS, json.dumps(rows, indent=1) + '\n')
     print(table(rows))

@@ -1,8 +1,11 @@
 """How the benchmarks time a function, and what they tell of the machine."""
 
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,6 +66,21 @@ def processor() -> str:
     words = about.get('flags', '').split()
     widest = next((x for x in ('amx_tile', 'avx512f', 'avx2') if x in words), '')
     return f'{about.get("model name", platform.machine())} {widest}'.strip()
+
+
+def in_own_process(benchmark: str, *flags: str) -> dict:
+    """The JSON that a benchmark prints last in a process of its own; lines before it are passed on.
+
+    Ends this process where that one fails.
+    """
+    command = [sys.executable, '-m', f'benchmarks.{benchmark}', *flags]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # it has said why
+        sys.exit(done.returncode)
+    *told, result = done.stdout.splitlines()
+    for line in told:
+        print(line, flush=True)
+    return json.loads(result)
 
 
 def machine() -> dict:
