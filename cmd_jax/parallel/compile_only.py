@@ -44,12 +44,12 @@ CHIPS = {
 UTILISATION = 0.4  # of the peak, for the step time that is told
 
 # Machine code that is made quickly, not quick machine code: with no search for the fastest tiles
-# and overlaps, which takes most of the time, and few tiles to choose from; coarse estimates of what
-# is worth joining, and no second round of simplifications; instructions in the order in which they
-# come; one route for a reduction, not several; no reductions joined, as the code for one grows
-# faster than the number of its arrays; equal code made once. What is computed and the bytes that
-# are communicated stay the same. Reductions are more, and need less memory by what is joined; the
-# code is larger by some ten megabytes, and buffers may lie with more room between them.
+# and overlaps, which takes most of the time, and few tiles to choose from; no second round of
+# simplifications; instructions in the order in which they come; one route for a reduction, not
+# several; no reductions joined, as the code for one grows faster than the number of its arrays;
+# equal code made once. What is computed and the bytes that are communicated stay the same.
+# Reductions are more, and need less memory by what is joined; the code is larger by some ten
+# megabytes, and buffers may lie with more room between them.
 QUICK = {
     'exec_time_optimization_effort': -1.0,
     'xla_tpu_enable_async_collective_fusion': 'false',
@@ -57,9 +57,7 @@ QUICK = {
     'xla_jf_fusion_max_instruction_count_for_window_config': '1',
     'xla_jf_naive_bundle_packer': 'true',
     'xla_jf_enable_advanced_multi_output_fusion': 'false',
-    'xla_msa_use_bundle_aware_cost_model': 'false',
     'xla_tpu_hlo_pass_fix_pipeline_iteration_limit': '1',
-    'xla_tpu_use_bundle_aware_cost_model_for_fusions': 'false',
     'xla_jf_use_multi_colors_in_all_reduce_if_supported': 'false',
     'xla_jf_crs_combiner_threshold_count': '1',
     'xla_tpu_enable_deduplicated_calls': 'true',
