@@ -55,6 +55,7 @@ smoke: $(STAMPS)/requirements.txt $(STAMPS)/requirements-weights.txt $(CLIPS)/co
 benchmark baseline: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 benchmark: $(STAMPS)/requirements.txt  ## Time and memory at the paper's sizes.
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.convolution
 	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.stable_diffusion

@@ -24,6 +24,7 @@ def ours(case: str, side: str = OURS):
     from cmd_jax.models import flops
     from cmd_jax.models.autoencoder import VideoAutoencoder
     from cmd_jax.models.content import ContentDiT
+    from cmd_jax.models.convolution import quick_convolutions
     from cmd_jax.models.dit import SIZES
     from cmd_jax.models.layers import in_compute_dtype
     from cmd_jax.parallel.mesh import compute_dtype
@@ -59,7 +60,7 @@ def ours(case: str, side: str = OURS):
         network = weights.abstract(UNet, **sizes, dtype=dtype)
         inputs = (shape(1, 64, 128, 4), t, shape(1, 77, 1024))
     if case != AUTOENCODER:  # as a generator keeps it
-        network = in_compute_dtype(network)
+        network = quick_convolutions(in_compute_dtype(network))
     graphdef, state = nnx.split(network, nnx.Param)
     params = nnx.to_pure_dict(state)
 

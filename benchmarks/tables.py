@@ -42,6 +42,23 @@ def beside_pytorch(rows: list[dict]) -> str:
     return '\n'.join(lines)
 
 
+def convolutions(rows: list[dict]) -> str:
+    """As Markdown."""
+    lines = [
+        '| image | channels | direct | Winograd | memory | error | taken |',
+        '|---|---|---|---|---|---|---|',
+    ]
+    for row in rows:
+        told = [' x '.join(map(str, row['image'])), ' to '.join(map(str, row['channels']))]
+        for name in ('direct', 'winograd'):
+            one = row[name]
+            told.append(f'{1e3 * one["seconds"]:.0f} ms, {one["gflops_per_second"]:.0f} GFLOP/s')
+        told += [f'{row["winograd"]["temporary_mb"]:.0f} MB', f'{row["winograd"]["error"]:.0e}']
+        told.append('Winograd' if row['winograd_chosen'] else 'direct')
+        lines.append(f'| {" | ".join(told)} |')
+    return '\n'.join(lines)
+
+
 def samplers(rows: list[dict]) -> str:
     """As Markdown."""
     names = {'ddim': 'DDIM', 'dpmpp_2m': 'DPM-Solver++', 'unipc': 'UniPC'}

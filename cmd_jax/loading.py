@@ -8,6 +8,7 @@ import jax
 
 from cmd_jax.errors import UserError
 from cmd_jax.generate import Generator
+from cmd_jax.models.convolution import quick_convolutions
 from cmd_jax.models.layers import in_compute_dtype
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.stable_diffusion import StableDiffusion
@@ -45,11 +46,10 @@ def load(
         )
     mesh = make_mesh()
     found = {stage: trained.load(workdir, stage, mesh, stable_diffusion) for stage in stages}
-    if not full_precision:
-        found = {
-            name: dataclasses.replace(stage, network=in_compute_dtype(stage.network))
-            for name, stage in found.items()
-        }
+    for name, stage in found.items():
+        network = quick_convolutions(stage.network)
+        network = network if full_precision else in_compute_dtype(network)
+        found[name] = dataclasses.replace(stage, network=network)
     there = found['autoencoder'].step
     for stage in set(found) - {'autoencoder'}:
         theirs = found[stage].autoencoder_step
@@ -82,6 +82,7 @@ def _frozen(
     if source:
         wanted = ('vae', 'text_encoder') if text else ('vae',)
         pipeline = parts.load_frozen(source, wanted, mesh)
+        pipeline = dataclasses.replace(pipeline, vae=quick_convolutions(pipeline.vae))
     if text and 'motion' in found:
         theirs, motion_text = parts.text_source(found['motion'].config, 'motion'), pipeline
         if theirs != source:

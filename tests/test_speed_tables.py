@@ -22,5 +22,9 @@ def test_beside_pytorch():
     assert tables.beside_pytorch(found) in TEXT
 
 
+def test_convolutions():
+    assert tables.convolutions(rows('convolution_cpu')) in TEXT
+
+
 def test_samplers():
     assert tables.samplers(rows('samplers_cpu')) in TEXT

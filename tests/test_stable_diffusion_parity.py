@@ -13,6 +13,7 @@ from flax import nnx
 from cmd_jax import stable_diffusion
 from cmd_jax.diffusion import guide, sample
 from cmd_jax.errors import UserError
+from cmd_jax.models import convolution
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.stable_diffusion.frames import decode_frames
 
@@ -80,6 +81,22 @@ def test_vae(both, torch):
     check(log_variance, np.moveaxis(theirs.logvar.numpy(), 1, -1))
     decoded = parts['vae'].decode(torch.from_numpy(channels_first(latents))).sample
     check(jax.jit(ours.vae.decode)(latents), np.moveaxis(decoded.numpy(), 1, -1))
+
+
+def test_convolutions_that_spare_products(both, torch, monkeypatch):
+    """In all layers, as the widths of these networks are too small for them by themselves."""
+    monkeypatch.setattr(convolution, 'TILES', 1)
+    monkeypatch.setattr(convolution, 'CHANNELS', 1)
+    _, parts, ours = both
+    x, text, t = draw(2, 9, 20, 4), draw(2, 77, 24, seed=1), np.array([3.0, 981.0], np.float32)
+    theirs = parts['unet'](
+        torch.from_numpy(channels_first(x)), torch.from_numpy(t), torch.from_numpy(text)
+    ).sample
+    unet, vae = (convolution.quick_convolutions(part) for part in (ours.unet, ours.vae))
+    assert convolution.MARK in str(jax.make_jaxpr(unet)(x, t, text))
+    check(jax.jit(unet)(x, t, text), np.moveaxis(theirs.numpy(), 1, -1))
+    decoded = parts['vae'].decode(torch.from_numpy(channels_first(x))).sample
+    check(jax.jit(vae.decode)(x), np.moveaxis(decoded.numpy(), 1, -1))
 
 
 # Three tiles by two; tiles at the edge of one latent and of seven; one tile, and none to split.

@@ -7,7 +7,8 @@ which the paper's figures come from, leaves out the products inside attention. H
 Only matrix products and convolutions are counted. What a remat recomputes is counted where the
 jaxpr recomputes it, so count the forward pass and take it three times for a training step's model
 FLOPs. Attention is known by its marks (see `attention`), counts two products forward and four
-backward, and so the same whatever its implementation pads or recomputes.
+backward, and so the same whatever its implementation pads or recomputes; and so are convolutions
+that spare products (see `convolution`).
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from cmd_jax.models import attention
+from cmd_jax.models import attention, convolution
 
 PRODUCTS = {attention.FORWARD: 2, attention.BACKWARD: 4}
 
@@ -82,6 +83,9 @@ def _count_equation(eqn) -> Flops:
         # work.
         idle = math.prod(params['lhs_dilation'])
         return Flops(convolution=out.size * rhs.size // (output_features * idle))
+    if params.get('name') == convolution.MARK:
+        kernel, out = eqn.invars[1].aval, eqn.outvars[0].aval
+        return Flops(convolution=out.size * kernel.size // kernel.shape[-1])
     mark, _, keys = str(params.get('name')).rpartition('_')
     if mark in PRODUCTS:
         arrays = [v.aval for v in eqn.invars if v.aval.ndim >= 4]
