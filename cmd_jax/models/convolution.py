@@ -26,8 +26,8 @@ from cmd_jax.parallel.mesh import platform
 MARK = 'winograd'  # the name of the function below
 
 TILE = 4
-# Of a tile's 6 rows of inputs, a kernel's 3, and the 6 products: table 1 by row and, as all is
-# linear and the axes are independent, by column.
+# What is made of a tile's 6 rows of inputs, of a kernel's 3 and of the 6 rows of products. All is
+# linear, so that columns are treated alike and apart.
 INPUTS = np.array(
     [
         [4, 0, -5, 0, 1, 0],
@@ -77,7 +77,7 @@ def conv_general_dilated(x: Array, kernel: Array, strides, padding, **kwargs) ->
         return direct(x, kernel)
     mesh = jax.sharding.get_abstract_mesh()
     if not (mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types):
-        return direct(x, kernel)  # XLA splits its own operations better
+        return direct(x, kernel)  # which XLA can split over devices
 
     function = jax.custom_vjp(winograd)
     function.defvjp(lambda *given: jax.vjp(direct, *given), lambda vjp, grad: vjp(grad))
