@@ -25,11 +25,10 @@ from einops import rearrange
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import flash_attention as pallas
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from cmd_jax.parallel.mesh import ACTIVATIONS, platform
+from cmd_jax.parallel.mesh import ACTIVATIONS, platform, splitting_mesh
 
 # The names of the marks; '_KEYS' follows.
 FORWARD, BACKWARD = 'attention_forward', 'attention_backward'
@@ -135,8 +134,8 @@ def marked(implementation: str, keys: int):
 
 def _split_over_mesh(compute):
     def split(q, k, v):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        mesh = splitting_mesh()
+        if mesh is None:
             return compute(q, k, v)
 
         def fitting(size, axes):

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
-from cmd_jax.parallel.mesh import platform
+from cmd_jax.parallel.mesh import platform, splitting_mesh
 
 MARK = 'winograd'  # the name of the function below
 
@@ -52,7 +51,8 @@ OUTPUTS = np.array(
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 )
 
-# Below these numbers the sums take longer than the products that they spare: `make benchmark`.
+# Below these numbers it gains little, or the sums take longer than the products that they spare:
+# `python -m benchmarks.convolution`.
 TILES, CHANNELS = 128, 192
 
 
@@ -75,8 +75,7 @@ def conv_general_dilated(x: Array, kernel: Array, strides, padding, **kwargs) ->
     plain = tuple(strides) == (1, 1) and tuple(map(tuple, padding)) == ((1, 1), (1, 1))
     if not plain or not pays(x.shape, kernel.shape, x.dtype, platform()):
         return direct(x, kernel)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not (mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types):
+    if splitting_mesh() is not None:
         return direct(x, kernel)  # which XLA can split over devices
 
     function = jax.custom_vjp(winograd)

@@ -185,10 +185,19 @@ def compute_dtype(precision: str):
     return jnp.dtype(precision)
 
 
-def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation's layout by logical axis names; does nothing outside a mesh."""
+def splitting_mesh():
+    """The mesh that is set, where arrays may be split over it: None outside a mesh, for one device,
+    and inside a shard_map, where they are split already."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    return mesh
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation's layout by logical axis names; does nothing outside a mesh."""
+    mesh = splitting_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, P(*(ACTIVATIONS.get(a) for a in axes)))
 
@@ -199,8 +208,8 @@ def gather(x: jax.Array, path: str, keep: tuple[str, ...]) -> jax.Array:
     Left to itself the compiler may multiply by one part of a kernel after the other, and add up
     results that are many times larger than the kernel.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    mesh = splitting_mesh()
+    if mesh is None:
         return x
     spec = _spec(path, x.shape, mesh)
     kept = P(*(axis if axis in keep else None for axis in spec))
@@ -215,8 +224,8 @@ def split_frames(function: Callable, params, keys, x: jax.Array, places: jax.Arr
 
     Every device gathers the params. An axis that the mesh does not divide is not split.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    mesh = splitting_mesh()
+    if mesh is None:
         return function(params, keys, x, places)
     batch, frames = ACTIVATIONS['batch'], ACTIVATIONS['frames']
     batch = batch if x.shape[0] % math.prod(mesh.shape[a] for a in batch) == 0 else None

@@ -88,7 +88,7 @@ class Checkpoints:
         if manager is not None:
             try:
                 manager.close()
-            except Exception:
+            except Exception:  # of a save that failed before: `check` raises its reason
                 if self._failure is None:
                     raise
         self.check()
