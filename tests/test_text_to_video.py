@@ -15,6 +15,7 @@ from flax import nnx
 import cmd_jax
 from cmd_jax import stable_diffusion, video
 from cmd_jax.errors import UserError
+from cmd_jax.models import convolution
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.stable_diffusion import make as maker
 from cmd_jax.stable_diffusion import weights
@@ -80,6 +81,13 @@ def test_content_begins_with_the_pretrained_network(small_pipeline):
     for tree_ in (state.params, state.ema):
         same = jax.tree.map(lambda a, b: bool((a == b).all()), stacks.unstacked(tree_), stored)
         assert jax.tree.all(same)
+
+
+def test_generators_convolutions_spare_products(generator):
+    for network in (generator.stable_diffusion.unet, generator.stable_diffusion.vae):
+        layers = [x for _, x in nnx.iter_modules(network) if isinstance(x, nnx.Conv)]
+        assert layers
+        assert {x.conv_general_dilated for x in layers} == {convolution.conv_general_dilated}
 
 
 def test_prompts_make_videos(steered):
