@@ -7,7 +7,6 @@ memory is its own, and are called in turn, --repeats times each: so what else th
 on both, and what is told of two is the median of their ratios. float32 on CPUs, on as many threads
 as there are cores; bfloat16 on a GPU. Random weights. 'plain' is attention by matrix products and a
 softmax, as in the authors' release; 'compiled', on a GPU, torch.compile of theirs.
-'ours, wide' keeps more for the backward pass.
 """
 
 import json
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from absl import app, flags
 
 from benchmarks import networks
-from benchmarks.networks import AUTOENCODER, DIT, OURS, TARGETS, UNET, UNET3D, WIDE
+from benchmarks.networks import AUTOENCODER, DIT, OURS, TARGETS, UNET, UNET3D
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 SIDE = flags.DEFINE_string('side', None, 'The side of it')
@@ -32,7 +31,7 @@ OUT = flags.DEFINE_string('out', None, 'JSON file')
 
 # {case: the pairs of sides that run together}
 PAIRS = {
-    AUTOENCODER: ((OURS, 'plain'), (WIDE, 'plain')),
+    AUTOENCODER: ((OURS, 'plain'),),
     DIT: ((OURS, 'diffusers'),),
     UNET: ((OURS, 'diffusers'),),
     UNET3D: (('diffusers',),),
@@ -42,7 +41,7 @@ PAIRS = {
 def work(case: str, side: str) -> None:
     """One side's process: a call for each line that comes in, a line of JSON for each that goes
     out: what the first call took, the later ones, and at the end the most that was held."""
-    run, adds = (networks.ours if side.startswith(OURS) else networks.theirs)(case, side)
+    run, adds = networks.ours(case) if side == OURS else networks.theirs(case, side)
     tell({'first_seconds': timed(run), 'tera_multiply_adds': adds})
     for _ in sys.stdin:
         tell({'seconds': timed(run)})
@@ -51,7 +50,7 @@ def work(case: str, side: str) -> None:
 
 def held(side: str) -> float:
     """GB: the most that was allocated on the GPU, or of the process where there is none."""
-    if side.startswith(OURS):
+    if side == OURS:
         import jax
 
         found = (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')

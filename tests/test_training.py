@@ -191,7 +191,7 @@ def test_stacks_of_stable_diffusion():
     network = weights.abstract(UNet, **sizes, dtype=jnp.float32)
     made = Stacks(network, meshes.make_mesh())
     stacks = jax.eval_shape(made.stack, made.params)
-    assert (len(jax.tree.leaves(made.params)), len(jax.tree.leaves(stacks))) == (686, 67)
+    assert (len(jax.tree.leaves(made.params)), len(jax.tree.leaves(stacks))) == (686, 59)
 
 
 def linear_step(loss, **kwargs):

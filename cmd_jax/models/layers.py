@@ -29,8 +29,8 @@ REMAT = {
     'none': None,
     'full': (),
     'attention': ('attention', 'residual'),
-    'wide': ('attention', 'residual', 'qkv'),
-    'mlp': ('attention', 'residual', 'qkv', 'mlp'),
+    'mlp': ('attention', 'residual', 'mlp'),
+    'wide': ('attention', 'residual', 'mlp', 'qkv'),
 }
 
 Angles = Float[Array | np.ndarray, 'n half_d']  # by which positions rotate, in radians

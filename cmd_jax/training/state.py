@@ -11,7 +11,7 @@ from flax import nnx, struct
 from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import abstract_params, path_name
 from cmd_jax.training.config import Train
-from cmd_jax.training.stacks import Stacks
+from cmd_jax.training.stacks import Stacks, is_kernel
 
 Leaf = typing.Any  # jax.Array, jax.ShapeDtypeStruct or jax.sharding.Sharding
 
@@ -52,10 +52,8 @@ def learning_rate(config: Train) -> optax.Schedule:
 def optimizer(config: Train) -> optax.GradientTransformation:
     """AdamW (Adam where weight_decay is 0); only the kernels of linear layers decay."""
 
-    def is_kernel(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: path_name(path).endswith('kernel'), params
-        )
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path_name(path)), params)
 
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     # The warm-up starts with the first step at a rate above 0.
@@ -65,7 +63,7 @@ def optimizer(config: Train) -> optax.GradientTransformation:
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,
-        mask=is_kernel,
+        mask=kernels,
     )
     return optax.chain(*clip, adam)
 
@@ -125,9 +123,14 @@ def gradient(
     keys = example_keys(jax.random.fold_in(key, step), batch)
 
     def compute(params, batch, keys):
-        return loss(nnx.merge(stacks.graphdef, stacks.unstack(params)), frozen, batch, keys)
+        return loss(nnx.merge(stacks.graphdef, params), frozen, batch, keys)
 
-    grad = jax.value_and_grad(compute, has_aux=True)
+    def grad(params, batch, keys):
+        # Of parameters, then stacked: the gradient of `unstack` would be a sum of sparse stacks.
+        of_params = jax.value_and_grad(compute, has_aux=True)
+        value, grads = of_params(stacks.unstack(params), batch, keys)
+        return value, stacks.stack(grads)
+
     if accumulation == 1:
         (_, metrics), grads = grad(params, batch, keys)
         return grads, metrics
