@@ -42,7 +42,7 @@ def ours(case: str):
                 frames=16,
                 height=48,
                 width=48,
-                remat='mlp',
+                remat='mlp',  # the most that the target of memory leaves room for
                 dtype=dtype,
                 rngs=nnx.Rngs(0),
             )
