@@ -11,9 +11,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.timing import measure
+from cmd_jax import cli
 from cmd_jax.models import attention
 
 SHAPES = {
@@ -28,9 +29,8 @@ OUT = flags.DEFINE_string('out', None, 'Where to write the table as JSON.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of q, k and v.')
 
 
-def main(argv):
+def main():
     """Prints the table, a line for each shape, implementation and pass."""
-    del argv
     rng, rows = np.random.default_rng(0), []
     print(f'{"":42} {"implementation":14} {"pass":9} {"ms":>8} {"GFLOP/s":>8} {"MB":>6}')
     for name, shape in SHAPES.items():
@@ -59,4 +59,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

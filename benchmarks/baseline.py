@@ -18,10 +18,11 @@ import sys
 import time
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import networks
 from benchmarks.networks import AUTOENCODER, DIT, OURS, TARGETS, UNET, UNET3D
+from cmd_jax import atomic, cli
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 SIDE = flags.DEFINE_string('side', None, 'The side of it')
@@ -132,7 +133,7 @@ def timed_in_turn(case: str, names: tuple[str, ...], sides: list[Side]) -> list[
     return rows
 
 
-def main(_):
+def main():
     if CASE.value:
         work(CASE.value, SIDE.value)
         return
@@ -142,7 +143,6 @@ def main(_):
     import torch
 
     from benchmarks import timing
-    from cmd_jax import atomic
 
     rows = []
     about = timing.machine() | {'torch': torch.__version__, 'repeats': REPEATS.value}
@@ -181,4 +181,4 @@ def line(row: dict) -> str:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import flags
+
+from cmd_jax import atomic, cli
 
 CASE = flags.DEFINE_string('case', None, 'CONFIG ARGUMENT: compile its step in this process')
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Starts with a full cache', lower_bound=1)
@@ -84,12 +86,11 @@ def script(*command: str) -> float:
     return time.perf_counter() - started
 
 
-def main(_):
+def main():
     if CASE.value:
         print(json.dumps(compile_step(*CASE.value.split())))
         return
     from benchmarks import timing
-    from cmd_jax import atomic
 
     rows = []
     for name, arg in STEPS:
@@ -112,4 +113,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

@@ -12,11 +12,11 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import lax
 
 from benchmarks import timing
-from cmd_jax import atomic
+from cmd_jax import atomic, cli
 from cmd_jax.models import convolution
 
 # Image height, width, channels in and out.
@@ -69,7 +69,7 @@ def row(height: int, width: int, before: int, after: int) -> dict:
     return found
 
 
-def main(_):
+def main():
     """Prints a line for each shape."""
     rows = []
     for shape in SHAPES:
@@ -89,4 +89,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

@@ -21,10 +21,11 @@ from concurrent import futures
 
 import av
 import numpy as np
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
 from benchmarks.timing import machine
+from cmd_jax import cli
 from cmd_jax.data import pipeline, prepare, shards, sources
 from cmd_jax.data.clip_options import ClipOptions
 from cmd_jax.data.clips import fit
@@ -261,7 +262,7 @@ def latents(folder: pathlib.Path) -> dict:
     return {'rows': rows, 'ratios': told(ratios)}
 
 
-def main(_):
+def main():
     """Measures the tables, prints them, and writes them."""
     tables = {'decoding': decoding, 'memory': memory, 'latents': latents}
     found = {'machine': machine()}
@@ -294,4 +295,4 @@ def rounded(numbers: dict) -> dict:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

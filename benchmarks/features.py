@@ -10,10 +10,10 @@ import json
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.timing import machine, matmul_peak
-from cmd_jax import atomic
+from cmd_jax import atomic, cli
 from cmd_jax.evaluation import features, intervals
 from cmd_jax.evaluation.networks import i3d
 from cmd_jax.memory import peak_memory_gb
@@ -27,7 +27,7 @@ PORTION = 256  # clips in memory
 TARGET = {'minutes': 35, 'memory_gb': 4}
 
 
-def main(_):
+def main():
     """Prints the table, and whether the target is met."""
     rng = np.random.default_rng(0)
     shape = (16, SIZE.value, SIZE.value, 3)
@@ -69,4 +69,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

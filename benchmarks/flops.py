@@ -9,15 +9,15 @@ run. Nothing is computed: the programs of training and sampling are counted.
 
 import json
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import counts
-from cmd_jax import atomic
+from cmd_jax import atomic, cli
 
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 
 
-def main(_):
+def main():
     rows = counts.table()
     print(f'{"T multiply-adds":56} {"paper":>8} {"as fvcore":>10} {"all":>8}')
     for row in rows:
@@ -28,4 +28,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

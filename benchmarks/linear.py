@@ -11,10 +11,11 @@ import os
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from benchmarks.timing import measure
+from cmd_jax import cli
 from cmd_jax.models import layers
 
 TOKENS = (16, 1024)
@@ -36,7 +37,7 @@ def kernel_gradients(graphdef, params, x, grad):
     return jax.lax.scan(body, jnp.ones(()), params)[1]
 
 
-def main(_):
+def main():
     """Prints the table, a line for each layer and implementation."""
     rows = []
     normal = jax.random.normal
@@ -75,4 +76,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

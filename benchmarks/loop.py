@@ -22,10 +22,10 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags, logging
 
 from benchmarks.timing import machine
-from cmd_jax import atomic
+from cmd_jax import atomic, cli
 from cmd_jax.training import config as configs
 from cmd_jax.training import loop
 from configs import quickstart
@@ -132,7 +132,7 @@ def row(stage: str, found: Alternating) -> dict:
     }
 
 
-def main(_):
+def main():
     logging.set_verbosity(logging.WARNING)
     load, rows = os.getloadavg()[0], []
     with tempfile.TemporaryDirectory() as workdir:
@@ -171,4 +171,4 @@ def line(found: dict) -> str:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

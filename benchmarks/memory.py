@@ -15,9 +15,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
+from cmd_jax import cli
 from cmd_jax.stable_diffusion import VAE, TextEncoder, arguments
 from cmd_jax.stable_diffusion.make import describe
 from cmd_jax.training import config as configs
@@ -130,7 +131,7 @@ def measure(folder: pathlib.Path, stage: str, remat: str) -> dict:
     }
 
 
-def main(_):
+def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
@@ -154,4 +155,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

@@ -14,7 +14,9 @@ import resource
 import statistics
 import time
 
-from absl import app, flags
+from absl import flags
+
+from cmd_jax import cli
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 OUT = flags.DEFINE_string('out', None, 'JSON file')
@@ -110,7 +112,7 @@ def measure(case: str) -> dict:
     }
 
 
-def main(_):
+def main():
     if CASE.value:
         print(json.dumps(measure(CASE.value)))
         return
@@ -133,4 +135,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

@@ -21,12 +21,12 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from benchmarks import filled, timing
 from benchmarks.counts import without_vae
-from cmd_jax import atomic
+from cmd_jax import atomic, cli
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.training import compile_for, compile_sampler
 from cmd_jax.training import config as configs
@@ -133,7 +133,7 @@ def measure(config: configs.Config, case: Case, mesh, peak: float) -> dict:
     }
 
 
-def main(_):
+def main():
     config = configs.parse(CONFIG.value.to_dict())
     mesh = make_mesh()
     rows, only = [], ONLY.value and {int(i) for i in ONLY.value}
@@ -164,4 +164,4 @@ def line(row: dict) -> str:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

@@ -17,7 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
+
+from cmd_jax import cli
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 FOLDER = flags.DEFINE_string('folder', '.cache/benchmark_sd21', 'Made and removed if not there')
@@ -140,7 +142,7 @@ def collect(case: str) -> dict:
     }
 
 
-def main(_):
+def main():
     if CASE.value:
         from benchmarks import timing
 
@@ -172,4 +174,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

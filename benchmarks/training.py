@@ -22,11 +22,11 @@ import statistics
 import time
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from benchmarks import filled, timing
-from cmd_jax import atomic
+from cmd_jax import atomic, cli
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.training import compile_for, frozen, parts, program, stages
 from cmd_jax.training import config as configs
@@ -131,7 +131,7 @@ def steps(compiled, state, networks, batch, key) -> list[float]:
     return times[2:]
 
 
-def main(_):
+def main():
     config = configs.parse(CONFIG.value.to_dict())
     peak = timing.matmul_peak(dtype=timing.dtype()) * 1e9
     about = timing.machine() | {'matmul_tflops': peak / 1e12, 'repeats': REPEATS.value}
@@ -170,4 +170,4 @@ def line(row: dict) -> str:
 
 
 if __name__ == '__main__':
-    app.run(main)
+    cli.run(main)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from cmd_jax.errors import Interrupted, UserError
-from cmd_jax.parallel import coordination, distributed, preemption
+from cmd_jax.parallel import coordination, distributed, preemption, xla_flags
 
 
 def run(main: Callable[[], None]):
@@ -105,6 +105,7 @@ def compilation_cache_flag():
 
 def _start():
     f = flags.FLAGS
+    xla_flags.set_options()
     if 'distributed' in f:
         distributed.start(
             *(f.distributed, f.coordinator_address, f.process_count, f.process_id),

@@ -29,6 +29,11 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Before the first import of the package.
 jaxtyping.install_import_hook('cmd_jax', f'{typecheck.__name__}.{typecheck.check.__name__}')
 
+from cmd_jax.parallel import xla_flags  # noqa: E402
+
+# Programs are those that users run.
+xla_flags.set_options()
+
 
 @pytest.fixture
 def unchecked_types():
