@@ -29,7 +29,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Before the first import of the package.
 jaxtyping.install_import_hook('cmd_jax', f'{typecheck.__name__}.{typecheck.check.__name__}')
 
-from cmd_jax.parallel import xla_flags  # noqa: E402
+from cmd_jax.parallel import xla_flags  # noqa: E402  behind the hook
 
 # Programs are those that users run.
 xla_flags.set_options()

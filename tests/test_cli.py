@@ -21,7 +21,7 @@ def test_home_folders(monkeypatch):
     assert values.prompt == '~5 dogs' and rest == ['x', '~/this']
 
 
-def test_options_of_xla_are_added_once_and_after_the_users():
+def test_options_of_xla_are_added_unless_the_user_has_some():
     added = xla_flags.add('--xla_dump_to=x')
     assert added.startswith('--xla_dump_to=x --xla_backend_extra_options=xla_cpu_')
     assert xla_flags.add(added) == added

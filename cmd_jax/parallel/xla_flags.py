@@ -4,10 +4,10 @@ import os
 
 _NAME = '--xla_backend_extra_options'
 
-# Of its CPU backend, which ignores what it does not know, as all others ignore these. One kernel
-# for several results of the same arrays (the parameter, moments and average of an update), and no
-# loops unrolled: fewer and smaller kernels to compile, and what they share is read and computed
-# once. docs/speed.md has what it gives.
+# Of its CPU backend; those that do not know names in xla_ pass over them, as the TPU compiler does.
+# One kernel for several results of the same arrays (as in an update), and no loops unrolled: fewer
+# and smaller kernels to compile, and what they share is read and computed once. docs/speed.md has
+# what it gives.
 CPU = ('xla_cpu_use_multi_output_fusion', 'xla_cpu_disable_loop_unrolling')
 
 
