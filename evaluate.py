@@ -25,6 +25,9 @@ _OUT = flags.DEFINE_string('out', None, 'Folder of the report; the run itself if
 _STABLE_DIFFUSION = flags.DEFINE_string(
     'stable_diffusion', None, 'Folder of the pretrained image model, if it has moved.'
 )
+_TEXT_ENCODER = flags.DEFINE_string(
+    'text_encoder', None, "Folder of the motion stage's own text encoder, if it has moved."
+)
 _COMPARE = flags.DEFINE_list(
     'compare', [], 'Other runs that were measured by the same protocol: shown side by side.'
 )
@@ -105,7 +108,8 @@ def general(name: str, out):
 
 def load(**options):
     """The run."""
-    return cmd_jax.load(_WORKDIR.value, stable_diffusion=_STABLE_DIFFUSION.value, **options)
+    moved = dict(stable_diffusion=_STABLE_DIFFUSION.value, text_encoder=_TEXT_ENCODER.value)
+    return cmd_jax.load(_WORKDIR.value, **moved, **options)
 
 
 def _scales(words: list[str]) -> list[float]:

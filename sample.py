@@ -45,6 +45,9 @@ SAMPLING = (
 STABLE_DIFFUSION = flags.DEFINE_string(
     'stable_diffusion', None, 'Folder of the pretrained image model, if it has moved'
 )
+TEXT_ENCODER = flags.DEFINE_string(
+    'text_encoder', None, "Folder of the motion stage's own text encoder, if it has moved"
+)
 BATCH_SIZE = flags.DEFINE_integer('batch_size', 16, 'Videos at a time', lower_bound=1)
 CONFIG = config_flags.DEFINE_config_file('config', None, 'With --compile_for, in place of a run')
 COMPILE_FOR = flags.DEFINE_list(
@@ -72,16 +75,20 @@ def main():
     import cmd_jax
     from cmd_jax import video
 
-    generator = cmd_jax.load(WORKDIR.value, stable_diffusion=STABLE_DIFFUSION.value)
+    moved = dict(stable_diffusion=STABLE_DIFFUSION.value, text_encoder=TEXT_ENCODER.value)
+    generator = cmd_jax.load(WORKDIR.value, **moved)
     about = drawn(generator)
     settings = {flag.name: flag.value for flag in SAMPLING}
-    options = generator.options(**settings)
+    if IMAGE.value:
+        options = generator.animation_options(bool(about[0]), **settings)
+    else:
+        options = generator.options(**settings)
     out = writable('--out', OUT.value or Path(WORKDIR.value) / 'samples')
     common = dict(
         negative_prompt=NEGATIVE_PROMPT.value, seed=SEED.value, batch_size=BATCH_SIZE.value
     )
     if IMAGE.value:
-        image = video.read(IMAGE.value)[0]
+        image = video.read(IMAGE.value, count=1)[0]
         videos = generator.animate(
             image=image,
             n=len(about),
@@ -115,17 +122,17 @@ def main():
 
 def compile_only():
     """Tells what sampling costs on machines that are not here."""
-    from cmd_jax.training import compile_sampler, config
+    from cmd_jax.training import compile_sampler, config, trained
 
     classes = None
     if CONFIG.value is not None:
         found = config.parse(CONFIG.value.to_dict())
     elif WORKDIR.value:
-        path = Path(WORKDIR.value) / 'motion' / 'config.json'
-        if not path.exists():
+        folder = Path(WORKDIR.value) / 'motion'
+        if not (folder / 'inputs.json').exists():
             raise UserError(f'--workdir={WORKDIR.value} has no motion stage: or give --config')
-        found = config.load(path)
-        classes = len(json.loads((path.parent / 'inputs.json').read_text())['class_names'])
+        found = config.load(folder / 'config.json')
+        classes = len(trained.read_inputs(folder).class_names)
     else:
         raise UserError('--compile_for needs --config=configs/NAME.py:all or a --workdir')
     compile_sampler.run(

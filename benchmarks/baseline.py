@@ -4,7 +4,8 @@
 
 Needs requirements-parity.txt. Ours and another side of a case are each a process of its own, whose
 memory is its own, and are called in turn, --repeats times each: so what else the machine does falls
-on both, and what is told of two is the median of their ratios. float32 on CPUs, on as many threads
+on both, and what is told of two is the median of their ratios. Both start --starts times, as where
+a process's memory lies makes all of its calls faster or slower. float32 on CPUs, on as many threads
 as there are cores; bfloat16 on a GPU. Random weights. 'plain' is attention by matrix products and a
 softmax, as in the authors' release; 'compiled', on a GPU, torch.compile of theirs.
 """
@@ -26,8 +27,9 @@ from cmd_jax import atomic, cli
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 SIDE = flags.DEFINE_string('side', None, 'The side of it')
-ONLY = flags.DEFINE_string('only', '', 'Cases with this in their names')
-REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed calls of each side', lower_bound=1)
+ONLY = flags.DEFINE_list('only', '', 'Cases with one of these in their names; default: all')
+STARTS = flags.DEFINE_integer('starts', 3, 'Processes of each side, one after the other', 1)
+REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed calls of each process', 1)
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 
 # {case: the pairs of sides that run together}
@@ -77,7 +79,7 @@ class Ended(Exception):
 
 
 class Side:
-    """The other end of `work`."""
+    """The other end of `work`. `told` is what it has said, `times` of its later calls."""
 
     def __init__(self, case: str, name: str):
         command = [sys.executable, '-m', 'benchmarks.baseline', f'--case={case}', f'--side={name}']
@@ -96,41 +98,57 @@ class Side:
         self.process.stdin.flush()
         self.times.append(self.read()['seconds'])
 
-    def row(self) -> dict:
-        """Ends the process."""
+    def end(self) -> None:
         self.process.stdin.close()
         self.told |= self.read()
         self.process.wait()
-        spread = [min(self.times), max(self.times)]
-        return {'seconds': statistics.median(self.times), 'seconds_spread': spread} | self.told
 
 
 def compare(case: str, names: tuple[str, ...]) -> list[dict]:
-    """A row for each of these sides, called in turn; ratios in those behind the first."""
+    """A row for each of these sides; ratios in those behind the first."""
+    alone = len(names) == 1  # starts matter to ratios
+    starts = [called_in_turn(case, names) for _ in range(1 if alone else STARTS.value)]
+    rows = [row(case, sides) for sides in zip(*starts)]
+    for i in range(1, len(names)):
+        ratios = [a / b for start in starts for a, b in zip(start[0].times, start[i].times)]
+        rows[i] |= {
+            'against': names[0],
+            'seconds_ratio': statistics.median(ratios),
+            'seconds_ratio_spread': [min(ratios), max(ratios)],
+            'gb_ratio': rows[0]['gb'] / rows[i]['gb'],
+        }
+    return rows
+
+
+def called_in_turn(case: str, names: tuple[str, ...]) -> list[Side]:
+    """A process of each of these sides, ended."""
     sides = []
     try:
         for name in names:
             sides.append(Side(case, name))
-        return timed_in_turn(case, names, sides)
+        for _ in range(REPEATS.value):
+            for side in sides:
+                side.call()
+        for side in sides:
+            side.end()
     finally:
         for side in sides:
             side.process.kill()
+    return sides
 
 
-def timed_in_turn(case: str, names: tuple[str, ...], sides: list[Side]) -> list[dict]:
-    for _ in range(REPEATS.value):
-        for side in sides:
-            side.call()
-    rows = [{'case': case, 'side': side.name} | side.row() for side in sides]
-    for side, row in zip(sides[1:], rows[1:]):
-        ratios = [a / b for a, b in zip(sides[0].times, side.times)]
-        row |= {
-            'against': names[0],
-            'seconds_ratio': statistics.median(ratios),
-            'seconds_ratio_spread': [min(ratios), max(ratios)],
-            'gb_ratio': rows[0]['gb'] / row['gb'],
-        }
-    return rows
+def row(case: str, starts: tuple[Side, ...]) -> dict:
+    """What the processes of one side took."""
+    times = [x for side in starts for x in side.times]
+    return {
+        'case': case,
+        'side': starts[0].name,
+        'seconds': statistics.median(times),
+        'seconds_spread': [min(times), max(times)],
+        'first_seconds': statistics.median(side.told['first_seconds'] for side in starts),
+        'tera_multiply_adds': starts[0].told['tera_multiply_adds'],
+        'gb': max(side.told['gb'] for side in starts),
+    }
 
 
 def main():
@@ -145,10 +163,11 @@ def main():
     from benchmarks import timing
 
     rows = []
-    about = timing.machine() | {'torch': torch.__version__, 'repeats': REPEATS.value}
+    about = timing.machine() | {'torch': torch.__version__}
+    about |= {'starts': STARTS.value, 'repeats': REPEATS.value}
     about['matmul_gflops'] = timing.matmul_peak(dtype=timing.dtype())
     for case, pairs in PAIRS.items():
-        if ONLY.value not in case:
+        if ONLY.value and not any(x in case for x in ONLY.value):
             continue
         if torch.cuda.is_available():
             others = (pairs[0][:1] if pairs[0][0] == OURS else ()) + ('compiled',)

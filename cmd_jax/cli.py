@@ -152,6 +152,8 @@ def parse(argv: list[str]) -> list[str]:
 
 def unknown_field(argv: list[str]) -> str | None:
     """Which --config.FIELD of the command line does not exist, and the nearest that does."""
+    # absl takes one dash for two.
+    argv = [f'--{a.lstrip("-")}' if a.startswith('-') else a for a in argv]
     words = [part for a in argv for part in a.split('=', 1)]
     path, _, arg = words[words.index('--config') + 1].partition(':')
     config = runpy.run_path(path)['get_config'](*([arg] if arg else []))

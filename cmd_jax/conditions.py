@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, Shaped, UInt8
 
 from cmd_jax.data.clips import fit_frame
 from cmd_jax.errors import UserError
+from cmd_jax.models.content import ContentDiT
 from cmd_jax.models.motion import MotionDiT
 from cmd_jax.stable_diffusion import StableDiffusion
 
@@ -27,10 +28,11 @@ class Conditions:
     motion_null: Shaped[Array, 'n *l']
 
 
-def of_labels(network: MotionDiT, labels: Int[Array, 'n']) -> Conditions:
-    """Of classes; guidance leads away from none."""
-    null = network.null_condition(labels)
-    return Conditions(labels, null, labels, null)
+def of_labels(
+    content: ContentDiT | MotionDiT, motion: MotionDiT, labels: Int[Array, 'n']
+) -> Conditions:
+    """Of classes, for these networks; guidance leads away from none."""
+    return Conditions(labels, content.null_condition(labels), labels, motion.null_condition(labels))
 
 
 def of_prompts(

@@ -1,6 +1,7 @@
-"""The exceptions that are not defects, and two checks that raise one."""
+"""The exceptions that are not defects, and checks that raise one."""
 
 import difflib
+import json
 import os
 import pathlib
 import tempfile
@@ -36,6 +37,21 @@ def choose(field: str, value: str, known: Iterable[str]):
         raise UserError(
             f'{field}={value!r} is unknown: did you mean {near!r}? Known: {", ".join(known)}'
         )
+
+
+def parse_json(where: str | os.PathLike, text: str | bytes) -> dict:
+    """The object that a JSON file holds.
+
+    Raises:
+      UserError: `where` is damaged, or no object.
+    """
+    try:
+        tree = json.loads(text)
+    except ValueError as e:  # also of bytes that are no text
+        raise UserError(f'{where} is not readable as JSON ({e}): restore it or remove it') from e
+    if not isinstance(tree, dict):
+        raise UserError(f'{where} holds {type(tree).__name__}, not an object: restore it')
+    return tree
 
 
 def writable(name: str, folder: str | os.PathLike) -> pathlib.Path:

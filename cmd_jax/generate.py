@@ -59,16 +59,16 @@ class Generator:
         self.autoencoder = stages['autoencoder'].network
         self._at_once = self.config['autoencoder'].stable_diffusion.frames_at_once
         self.content = self.motion = self.statistics = None
-        self.class_names, self.text = stages['autoencoder'].class_names, False
         if 'content' in stages:
             self.content = stages['content'].network
             self.content_process = parts.make_process(self.config['content'].content.process)
         if 'motion' in stages:
             self.motion, self.statistics = stages['motion'].network, stages['motion'].statistics
             self.motion_process = parts.make_process(self.config['motion'].motion.process)
-        for stage in set(stages) - {'autoencoder'}:
-            self.class_names = stages[stage].class_names
-            self.text = self.config[stage].condition == 'text'
+        # An imported motion network may take no classes where the content network does.
+        first = next(stage for stage in ('content', 'motion', 'autoencoder') if stage in stages)
+        self.class_names = stages[first].inputs.class_names
+        self.text = first != 'autoencoder' and self.config[first].condition == 'text'
         self.stable_diffusion, self._motion_text = stable_diffusion, motion_text
 
     def _need(self, *stages: str):
@@ -142,8 +142,7 @@ class Generator:
         self._need('content', 'motion')
         asked = self.conditions(labels, prompt, negative_prompt, num_videos)
         options = self.options(**options)
-        if negative_prompt and 1.0 in {used['sampling'].guidance for used in options.values()}:
-            logging.warning('negative_prompt has no effect where guidance is 1')
+        _tell_of_negative(negative_prompt, options)
         arrays = dataclasses.astuple(asked)
         keys = sampling.video_keys(seed, first, len(arrays[0]))
         return self._sampled(options, batch_size, arrays, keys)
@@ -225,13 +224,12 @@ class Generator:
         given = '' if free and self.text else prompt
         asked = self.conditions(labels, given, negative_prompt, n)
         condition = self.motion.null_condition(asked.motion) if free else asked.motion
-        if free and {options.get('guidance'), options.get('motion_guidance')} == {None}:
-            options['guidance'] = 1.0
-        options = self.options(**options)['motion']
+        options = self.animation_options(not free, **options)
+        _tell_of_negative(negative_prompt, options)
         frame = sampling.frames_program(self._vae, jnp.asarray(content)[None, None], at_once=1)[0]
 
         def program(keys, condition, null, frame):
-            return self._animated(frame, keys, condition, null, options)
+            return self._animated(frame, keys, condition, null, options['motion'])
 
         keys = sampling.video_keys(seed, 0, n)
         frames = jnp.broadcast_to(frame, (n, *self._frame_shape))
@@ -335,7 +333,7 @@ class Generator:
                     f'prompt={prompt!r}: this run is not conditioned on text; leave prompts out'
                 )
             labels = self.check_labels(labels, num_videos)
-            return conditions.of_labels(self.motion, labels)
+            return conditions.of_labels(self.content or self.motion, self.motion, labels)
         if labels is not None:
             raise UserError(f'labels={list(labels)}: this run takes a prompt instead')
         prompts = conditions.check_prompts(prompt, num_videos)
@@ -344,12 +342,18 @@ class Generator:
 
     def check_labels(self, labels: Sequence[int] | None, num_videos: int | None) -> Int[Array, 'n']:
         """The labels of `num_videos` videos, checked; see `__call__`."""
-        return conditions.check_labels(labels, num_videos, self.motion.num_classes)
+        return conditions.check_labels(labels, num_videos, len(self.class_names))
 
     def options(self, **options) -> dict[str, dict]:
         """{'content': …, 'motion': …}: how they are sampled, see `parts.sampling_options`."""
         conditioned = bool(self.class_names) or self.text
         return parts.sampling_options(self.config, conditioned, **options)
+
+    def animation_options(self, asked: bool, **options) -> dict[str, dict]:
+        """{'motion': …}: how `animate` samples, with a class or prompt asked for or without."""
+        if not asked and {options.get('guidance'), options.get('motion_guidance')} == {None}:
+            options['guidance'] = 1.0
+        return {'motion': self.options(**options)['motion']}
 
     @property
     def _frame_shape(self) -> tuple[int, int, int]:
@@ -391,3 +395,8 @@ class Generator:
 
     def _batched(self, program, batch_size, *arrays):
         return batches.collect(batches.run(program, self.mesh, batch_size, *arrays))
+
+
+def _tell_of_negative(prompt: str, options: dict[str, dict]):
+    if prompt and 1.0 in {used['sampling'].guidance for used in options.values()}:
+        logging.warning('negative_prompt has no effect where guidance is 1')

@@ -21,6 +21,7 @@ def load(
     *,
     stages: Sequence[str] = configs.STAGES,
     stable_diffusion: str | Path | None = None,
+    text_encoder: str | Path | None = None,
     full_precision: bool = False,
 ) -> Generator:
     """The Generator of a run directory.
@@ -31,6 +32,7 @@ def load(
         motion stage it can predict motion, and all three generate.
       stable_diffusion: where the pretrained image model is, if not where it was in training: a
         folder or a repository.
+      text_encoder: the same of the motion stage's own text encoder (`motion.text_encoder`).
       full_precision: keep parameters as they were trained where layers compute in less (on
         accelerators): twice the memory for the same videos. `Generator.export` needs it.
 
@@ -45,28 +47,37 @@ def load(
             f'stages={list(stages)}: some of {configs.STAGES}, the autoencoder among them'
         )
     mesh = make_mesh()
-    found = {stage: trained.load(workdir, stage, mesh, stable_diffusion) for stage in stages}
+    moved = stable_diffusion, text_encoder
+    found = {stage: trained.load(workdir, stage, mesh, *moved) for stage in stages}
+    check_together(workdir, found)
     for name, stage in found.items():
         network = quick_convolutions(stage.network)
         network = network if full_precision else in_compute_dtype(network)
         found[name] = dataclasses.replace(stage, network=network)
-    there = found['autoencoder'].step
-    for stage in set(found) - {'autoencoder'}:
-        theirs = found[stage].autoencoder_step
-        if theirs != there:
+    cost = {stage: trained.training_cost(workdir, stage) for stage in found}
+    return Generator(found, cost, mesh, *_frozen(found, mesh))
+
+
+def check_together(workdir: str | Path, found: dict[str, trained.Trained]):
+    """Raises UserError unless the stages of a run are of one another, see `load`."""
+    later = {stage: x for stage, x in found.items() if stage != 'autoencoder'}
+    if not later:
+        return
+    there = trained.inputs_on([], found['autoencoder'])
+    for stage, x in later.items():
+        if wrong := trained.other_autoencoder(x.inputs, there):
             raise UserError(
-                f'{workdir}: {stage} was trained on the autoencoder of step {theirs}, which is now '
-                f'at step {there}: train {stage} again, in a new workdir'
+                f'{workdir}: {stage} was trained on {wrong}: train {stage} again, in a new workdir'
             )
-    condition = {stage: found[stage].config.condition for stage in set(found) - {'autoencoder'}}
-    if len(set(condition.values())) > 1:
-        content, motion = condition['content'], condition['motion']
+    if len(later) == 1:
+        return
+    content, motion = (later[stage].config.condition for stage in ('content', 'motion'))
+    if content != motion:
         raise UserError(
             f'{workdir}: content was trained with condition={content!r}, motion with '
             f'condition={motion!r}: train one of them again, in a new workdir'
         )
-    cost = {stage: trained.training_cost(workdir, stage) for stage in found}
-    return Generator(found, cost, mesh, *_frozen(found, mesh))
+    trained.check_classes(workdir, {stage: x.inputs.class_names for stage, x in later.items()})
 
 
 def _frozen(

@@ -6,6 +6,7 @@ Video is uint8 [t h w 3] in files and on screen, float [-1, 1] inside. Nothing h
 import base64
 import fractions
 import io
+import itertools
 import math
 import os
 import pathlib
@@ -26,6 +27,9 @@ Video = UInt8[np.ndarray, 't h w 3']
 Frame = UInt8[np.ndarray, 'h w 3']
 
 SUFFIXES = ('.mp4', '.gif', '.webp')
+# What PyAV raises of broken files. IndexError: the streams turn out to be others than the header
+# says; ArithmeticError: rates and sizes of zero, or beyond integers.
+BROKEN = (av.FFmpegError, OSError, ValueError, MemoryError, IndexError, ArithmeticError)
 # ffmpeg's numbers for the matrix, primaries and transfer of BT.709, and for luma in 16..235.
 _BT709 = 1
 _LIMITED_RANGE = 1
@@ -79,22 +83,28 @@ def write_image(path: str | os.PathLike, image: Frame, scale: int = 1):
         image.save(temporary, format=kind)
 
 
-def read(path: str | os.PathLike) -> Video:
-    """The whole file as uint8 [t h w 3]. For clips of long files see `cmd_jax.data.clips`."""
+def read(path: str | os.PathLike, count: int | None = None) -> Video:
+    """The file, or its first `count` frames, as uint8 [t h w 3]. For clips of long files see
+    `cmd_jax.data.clips`.
+
+    Raises:
+      UserError: it cannot be read, or holds no frame.
+    """
     try:
         # ffmpeg does not decode animated webp.
         if pathlib.Path(path).suffix.lower() == '.webp':
             with Image.open(path) as image:
-                pages = ImageSequence.Iterator(image)
+                pages = itertools.islice(ImageSequence.Iterator(image), count)
                 return np.stack([np.asarray(page.convert('RGB')) for page in pages])
         with open_file(path) as container:
             stream = container.streams.best('video')
-            video = [upright(frame) for frame in frames(container, stream)] if stream else []
-    except (av.FFmpegError, OSError, ValueError) as e:
+            found = itertools.islice(frames(container, stream), count) if stream else ()
+            video = [upright(frame) for frame in found]
+        if video:
+            return np.stack(video)
+    except BROKEN as e:
         raise UserError(f'{path}: cannot be read as a video ({e})') from e
-    if not video:
-        raise UserError(f'{path}: holds no video frame')
-    return np.stack(video)
+    raise UserError(f'{path}: holds no video frame')
 
 
 def open_file(

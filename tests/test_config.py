@@ -86,6 +86,8 @@ def change(path, value):
         ('motion.train.precision', 'fp8', ["'fp8'", 'bfloat16']),
         ('motion.train.device_batch', -1, ['motion.train.device_batch=-1']),
         ('motion.train.steps', -1, ['motion.train.steps=-1', 'positive']),
+        ('motion.train.b1', 1.0, ['motion.train.b1=1.0', '0.9999']),
+        ('motion.train.b2', 1.0, ['motion.train.b2=1.0', '0.999999']),
     ],
 )
 def test_bad_fields_are_named(path, value, words):
@@ -125,6 +127,8 @@ def test_differences_are_those_that_bear_on_the_stage():
     # How it is gone about, which a smaller slice may need otherwise.
     tree['content']['train'].update(device_batch=2, save_every=5, log_every=3, keep_every=4)
     tree['data']['workers'] = 3
+    for stage in configs.STAGES:
+        tree[stage]['model']['remat'] = 'full'
     tree['autoencoder']['train']['steps'] = 9
     new = configs.parse(tree)
     assert configs.differences('content', old, new) == ['content.train.steps: 6 -> 7']

@@ -17,7 +17,7 @@ from cmd_jax import video
 from cmd_jax.errors import UserError
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop
+from cmd_jax.training import loop, parts
 from tests import tiny
 
 
@@ -224,6 +224,19 @@ def test_labels_out_of_range(generator):
         generator([1], sampler='ddmi')
 
 
+def test_sampling_options_that_have_no_meaning(run):
+    config = {stage: configs.load(run / stage / 'config.json') for stage in ('content', 'motion')}
+    for options, said in (
+        (dict(guidance=1.0, motion_guidance=3.0), 'motion_guidance=3.0: this run has no classes'),
+        (dict(guidance=0.0), 'guidance=0.0: this run has no classes'),
+        (dict(guidance_rescale=0.5), 'guidance_rescale=0.5: this run has no classes'),
+        (dict(guidance_end=0.5), 'guidance_end=0.5: this run has no classes'),
+        (dict(steps=1001), 'steps=1001'),
+    ):
+        with pytest.raises(UserError, match=said):
+            parts.sampling_options(config, conditioned=False, **options)
+
+
 def test_scripts_fail_in_one_line(run, tmp_path):
     one_error(script('train.py'), '--config is missing')
     one_error(script('train.py', '--confg=x'), 'confg', 'Did you mean')
@@ -242,6 +255,7 @@ def test_scripts_fail_in_one_line(run, tmp_path):
         script('sample.py', f'--workdir={tmp_path}/none'), 'no trained autoencoder', 'train.py'
     )
     one_error(script('sample.py', f'--workdir={run}', '--labels=elf'), "'elf'", 'zero')
+    one_error(script('train.py', f'-{config[2:]}', '-config.data.fraems=3', workdir), 'data.frames')
     (tmp_path / 'file').write_text('')
     one_error(script('sample.py', f'--workdir={run}', f'--out={tmp_path}/file/x'), '--out')
     assert not (tmp_path / 'new').exists(), 'nothing was written'
@@ -258,6 +272,9 @@ def test_scripts_fail_in_one_line(run, tmp_path):
         (lambda t: t['data'].update(source='movies'), ["'movies'", 'moving_digits']),
         (lambda t: t['motion']['model'].update(patch=3), ['frames=4', 'patch=3']),
         (lambda t: t['motion']['sampling'].update(steps=5000), ['steps=5000', '1000']),
+        (lambda t: t['content']['model'].update(dim=12, rotary=True), ['head_dim=6', 'divisible']),
+        (lambda t: t['motion']['model'].update(dim=12, rotary=True), ['head_dim=6', 'divisible']),
+        (lambda t: t['content'].update(start='/none/dit.pt'), ['/none/dit.pt']),
     ],
 )
 def test_bad_configs_stop_before_training(change, words, tmp_path):
@@ -332,18 +349,6 @@ def test_content_needs_a_finished_autoencoder(run, tmp_path):
     path.write_text(json.dumps(stored))
     with pytest.raises(UserError, match='6 of 60 steps'):
         loop.train(tiny.config('content'), tmp_path)
-
-
-def test_parts_of_different_autoencoders_do_not_mix(run, tmp_path):
-    shutil.copytree(run, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / 'motion' / 'inputs.json'
-    inputs = json.loads(path.read_text())
-    path.write_text(json.dumps(inputs | {'autoencoder_step': 5}))
-    with pytest.raises(UserError, match='motion was trained on the autoencoder of step 5'):
-        cmd_jax.load(tmp_path)
-    tree = tiny.tree('motion')
-    with pytest.raises(UserError, match='autoencoder_step=5'):
-        loop.train(configs.parse(tree), tmp_path)
 
 
 @pytest.mark.parametrize('classes', [True, False])

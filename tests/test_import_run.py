@@ -22,7 +22,7 @@ from cmd_jax.interop import runs
 from cmd_jax.models.motion import MotionDiT
 from cmd_jax.parallel.mesh import make_mesh
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop
+from cmd_jax.training import loop, trained
 from cmd_jax.training import state as states
 from cmd_jax.training.checkpoint import Checkpoints
 from tests import tiny
@@ -126,8 +126,9 @@ def test_the_config_describes_the_networks(run):
         assert (section.model.patch, section.model.depth, section.train.steps) == (2, 1, 1)
         assert not section.model.rotary
     assert (config.motion.model.content_patch, config.motion.content_noise) == (8, 0)
-    inputs = json.loads((run / 'motion' / 'inputs.json').read_text())
-    assert inputs == {'class_names': DIGITS, 'autoencoder_step': 1}
+    autoencoder = trained.load(run, 'autoencoder', make_mesh())
+    for stage in ('content', 'motion'):
+        assert trained.read_inputs(run / stage) == trained.inputs_on(DIGITS, autoencoder)
 
 
 def command(*words):
@@ -185,7 +186,12 @@ def test_stages_come_one_by_one(run, given, tmp_path):
     # The motion network of a run without classes has none.
     files = {k: given[k] for k in ('autoencoder', 'motion')}
     runs.import_run(tmp_path / 'none', tree(), **files)
-    assert json.loads((tmp_path / 'none/motion/inputs.json').read_text())['class_names'] == []
+    assert trained.read_inputs(tmp_path / 'none' / 'motion').class_names == []
+    # It goes with any content: what it draws does not depend on the class.
+    runs.import_run(tmp_path / 'none', tree(), content=given['content'], **names)
+    mixed = cmd_jax.load(tmp_path / 'none')
+    assert mixed.class_names == DIGITS
+    np.testing.assert_array_equal(mixed([3], seed=1), cmd_jax.load(run)([3], seed=1))
     # Classes and sizes of the stages that are there hold for later ones.
     for stage in configs.STAGES:
         file = {stage: given[stage]}
@@ -228,8 +234,8 @@ def test_a_condition_on_text_begins_with_nothing(monkeypatch):
 def test_names_of_classes_that_are_not_given(given, tmp_path):
     files = {k: given[k] for k in ('autoencoder', 'content')}
     runs.import_run(tmp_path, tree(), **files)
-    inputs = json.loads((tmp_path / 'content' / 'inputs.json').read_text())
-    assert inputs['class_names'] == [f'class {i}' for i in range(10)]
+    names = trained.read_inputs(tmp_path / 'content').class_names
+    assert names == [f'class {i}' for i in range(10)]
 
 
 def test_a_checkpoint_without_a_place_in_the_data(tmp_path):
@@ -308,6 +314,8 @@ def test_nothing_is_overwritten_or_mixed(run, given, tmp_path):
         runs.import_run(run, tree(), content=given['content'])
     with pytest.raises(UserError, match='nothing to import'):
         runs.import_run(run, tree())
+    with pytest.raises(UserError, match='the content network is the U-Net of'):
+        runs.import_run(tmp_path / 'text', tiny.shipped('text_to_video'), content=given['content'])
     assert before == sorted((p, p.stat().st_mtime_ns) for p in run.rglob('*'))
 
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)

@@ -151,6 +151,25 @@ def test_random_clips_of_a_folder(run, tmp_path):
     assert contents != [other[i]['content'].tobytes() for i in range(len(train))]
 
 
+def test_unreadable_videos_may_be_allowed_afterwards(run, tmp_path):
+    """Short ones are no mistake of the data's."""
+    for i in range(4):
+        video.write(tmp_path / 'videos' / f'{i}.mp4', numbered(30, 24, 40))
+    video.write(tmp_path / 'videos' / 'short.mp4', numbered(2, 24, 40))
+    data = dict(source=f'folder:{tmp_path / "videos"}', probe=False, workers=0, max_bad=0.0)
+    latent_cache.write(run, tmp_path / 'short', data, batch_size=8)
+    (tmp_path / 'videos' / 'zero.mp4').touch()
+    out = tmp_path / 'out'
+    said = r'1 of . clips .* more than --max_bad=0.0 allows .*zero.mp4: empty file: mend'
+    with pytest.raises(UserError, match=said):
+        latent_cache.write(run, out, data, batch_size=8)
+    before = {path: path.stat().st_mtime_ns for path in out.glob('*.array_record')}
+    latent_cache.write(run, out, data | {'max_bad': 1.0}, batch_size=8)
+    assert len(before) == 2
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob('*.array_record')}
+    assert sum(len(latent_records.Latents(str(out), s)) for s in ('train', 'test')) == 4
+
+
 def loss_of(name: str, tree: dict, run, steps=2):
     """The losses of a stage on its first batches, with fresh weights; and motion statistics."""
     config, mesh = configs.parse(tree | {'stage': name}), meshes.make_mesh()

@@ -16,11 +16,12 @@ import pytest
 
 import cmd_jax
 from cmd_jax import video
+from cmd_jax.data.clips import Skipped
 from cmd_jax.errors import UserError
 from cmd_jax.evaluation import distances, features
 from cmd_jax.evaluation.networks import i3d
 from cmd_jax.training import config as configs
-from cmd_jax.training import loop, metrics, parts, program
+from cmd_jax.training import loop, metrics, parts, previews, program
 from tests import tiny
 
 STEPS = 6
@@ -216,6 +217,25 @@ def test_test_clips_that_cannot_be_compared(name, count, said, tmp_path):
     with pytest.raises(UserError, match=said):
         loop.train(configs.parse(tree), tmp_path)
     assert not list(tmp_path.rglob('*.json'))
+
+
+@pytest.mark.parametrize('count, bad', [(0, range(8)), (12, [5]), (12, range(3, 9)), (1000, [])])
+def test_previews_are_of_clips_that_can_be_had(count, bad):
+    class Source:
+        name = 'videos'
+        looked = []
+
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, i):
+            self.looked.append(i)
+            return Skipped('x.mp4', 'unreadable') if i in bad else {'index': i}
+
+    found = previews.clips(Source(), {'autoencoder': count})['index']
+    wanted = max(count, previews.PREVIEWS)
+    assert found.tolist() == [i for i in range(1000) if i not in bad][:wanted]
+    assert len(Source.looked) == wanted + len(bad), 'no more are read than are needed'
 
 
 def test_test_clips_need_the_weights(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 
@@ -211,6 +212,37 @@ def test_command_line():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == 'error: --out is missing: for example --out=DIR --family=tiny\n'
+
+
+def test_what_was_not_downloaded_is_not_named(tiny, tmp_path):
+    """Such as a safety checker, of which a repository gives the config without the weights."""
+    shutil.copytree(tiny, tmp_path / 'with')
+    (tmp_path / 'with' / 'safety_checker').mkdir()
+    (tmp_path / 'with' / 'safety_checker' / 'config.json').write_text('{}')
+    (tmp_path / 'with' / 'feature_extractor').mkdir()
+    (tmp_path / 'with' / 'feature_extractor' / 'preprocessor_config.json').write_text('{}')
+    index = json.loads((tiny / 'model_index.json').read_text())
+    index['safety_checker'] = ['stable_diffusion', 'StableDiffusionSafetyChecker']
+    index['feature_extractor'] = ['transformers', 'CLIPImageProcessor']
+    index['requires_safety_checker'] = True
+    (tmp_path / 'with' / 'model_index.json').write_text(json.dumps(index))
+    stable_diffusion.save(load(tmp_path / 'with', parts=('unet',)), tmp_path / 'out')
+    saved = json.loads((tmp_path / 'out' / 'model_index.json').read_text())
+    index |= {'safety_checker': [None, None], 'requires_safety_checker': False}
+    assert saved == index
+    assert not (tmp_path / 'out' / 'safety_checker').exists()
+    assert (tmp_path / 'out' / 'feature_extractor' / 'preprocessor_config.json').exists()
+
+
+def test_schedules_of_another_process_are_refused(tiny, tmp_path):
+    shutil.copytree(tiny / 'scheduler', tmp_path / 'scheduler')
+    path = tmp_path / 'scheduler' / 'scheduler_config.json'
+    usual = json.loads(path.read_text())
+    assert stable_diffusion.process(tmp_path) == stable_diffusion.process(tiny)
+    for change in ({'rescale_betas_zero_snr': True}, {'trained_betas': [0.1, 0.2]}):
+        path.write_text(json.dumps(usual | change))
+        with pytest.raises(UserError, match=f'{list(change)[0]}=.* is not supported'):
+            stable_diffusion.process(tmp_path)
 
 
 @pytest.mark.parity

@@ -285,6 +285,20 @@ def test_noise_differs_between_steps():
     assert abs(x.var() / variance - 1) < 4 * np.sqrt(2 / n)
 
 
+def test_ddpm_ends_at_the_data():
+    """Whatever abar is behind the last step of DDIM, as in diffusers."""
+    p = Process(schedule='scaled_linear')
+    noise = jax.random.normal(jax.random.key(0), (1000, 1))
+
+    def exact(x, t):
+        alpha, sigma = p.alpha_sigma(t.astype(int), x.ndim)
+        return (x - alpha * 0.7) / sigma
+
+    options = dict(sampler='ddpm', steps=50, offset=1, final_alpha_one=False)
+    x = sample(exact, noise, p, **options, key=jax.random.key(1))
+    np.testing.assert_allclose(x, 0.7, atol=1e-5)
+
+
 # ---- errors ----------------------------------------------------------------------------------
 
 
@@ -320,6 +334,13 @@ def test_sampling_that_has_no_meaning():
     half = Sampling(sampler='unipc', steps=5, guidance_start=0.1, guidance_end=0.5)
     assert half.interval(p) == (500.0, 900.0)
     assert Sampling(sampler='unipc', steps=5).interval(p) is None
+    for options, said in (
+        (dict(guidance=-1.0), 'guidance=-1.0: '),
+        (dict(guidance=float('nan')), 'guidance=nan: '),
+        (dict(guidance_rescale=7.0), 'guidance_rescale=7.0: choose a number in 0..1'),
+    ):
+        with pytest.raises(UserError, match=said):
+            Sampling(sampler='ddim', steps=5, **options)
     for options, said in (
         (dict(sampler='unipc', eta=0.5), 'eta=0.5 is out of range for unipc: choose 0$'),
         (dict(sampler='dpmpp_2m', steps=1000), r'choose one in 1\.\.999'),

@@ -15,6 +15,7 @@ from flax import nnx
 import cmd_jax
 from cmd_jax import stable_diffusion, video
 from cmd_jax.errors import UserError
+from cmd_jax.evaluation import moving_digits
 from cmd_jax.models import convolution
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.stable_diffusion import make as maker
@@ -150,6 +151,10 @@ def test_pictures_come_to_life(steered, log):
     free = steered.animate(picture, n=1)
     assert free.shape[0] == 1 and different(free, videos[:1])
     assert not different(steered.animate(picture, n=1, negative_prompt='a nine'), free)
+    assert 'no effect' in log.text
+    for asked, guidance in ((False, 1.0), (True, 2.0)):
+        used = steered.animation_options(asked)
+        assert list(used) == ['motion'] and used['motion']['sampling'].guidance == guidance
     large = steered.animate(image=np.repeat(np.repeat(picture, 2, 0), 2, 1), n=2)
     assert 'image of 32 x 48' in log.text and large.shape == videos.shape
     with pytest.raises(UserError, match='content or image'):
@@ -220,6 +225,10 @@ def test_motion_has_a_text_encoder_of_its_own(run, small_pipeline, tmp_path):
     changes = dict(stable_diffusion__posterior='sample', motion__text_encoder=str(wide))
     loop.train(configs.parse(tiny.text_tree(small_pipeline, 'motion', **changes)), tmp_path / 'run')
     generator = cmd_jax.load(tmp_path / 'run')
+    wide.rename(tmp_path / 'moved')
+    with pytest.raises(UserError, match='wide'):
+        cmd_jax.load(tmp_path / 'run')
+    generator = cmd_jax.load(tmp_path / 'run', text_encoder=tmp_path / 'moved')
     assert generator.motion.text_dim == 32 and generator.stable_diffusion.text_encoder.dim == 64
     asked = generator.conditions(None, PROMPTS, '', None)
     assert asked.content.shape == (2, 77, 64) and asked.motion.shape == (2, 32)
@@ -245,11 +254,17 @@ def test_sample_script(run, tmp_path):
     record = json.loads((tmp_path / 'b' / 'samples.json').read_text())
     assert [v['prompt'] for v in record['videos']] == ['a two'] * 2
     assert record['image'].endswith('picture.png')
+    assert 'content' not in record, 'it was not sampled'
+    assert record['motion']['guidance'] == 2.0
     one_error(script('sample.py', f'--workdir={run}'), 'prompt is missing')
     one_error(script('sample.py', f'--workdir={run}', '--labels=3'), '--prompt')
 
 
 def test_prompts_that_do_not_suit_the_run(generator, run):
+    with pytest.raises(UserError, match='steps=1000, spacing=.leading., offset=1'):
+        generator(prompt='a three', steps=1000, spacing='leading')
+    with pytest.raises(UserError, match='use protocol=prompted_digits'):
+        moving_digits.evaluate(generator, num_videos=10)
     for arguments, words in (
         (dict(labels=[3]), 'takes a prompt'),
         (dict(), 'prompt is missing'),

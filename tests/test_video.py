@@ -80,7 +80,20 @@ def test_bad_paths_are_user_errors(tmp_path):
         with pytest.raises(UserError, match='.xyz'):
             write(tmp_path / 'x.xyz', ramp())
     (tmp_path / 'text.mp4').write_text('no video')
-    for path in ('text.mp4', 'absent.mp4', 'absent.webp'):
+    # Parts of other sizes, as MPEG-TS may be joined.
+    parts = []
+    for size in (16, 32):
+        with av.open(tmp_path / 'part.ts', 'w') as container:
+            stream = container.add_stream('mpeg2video', rate=25, width=size, height=size)
+            stream.pix_fmt = 'yuv420p'
+            frame = av.VideoFrame.from_ndarray(np.zeros((size, size, 3), np.uint8))
+            for _ in range(9):
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        parts.append((tmp_path / 'part.ts').read_bytes())
+    (tmp_path / 'sizes.ts').write_bytes(b''.join(parts))
+    assert video_lib.read(tmp_path / 'sizes.ts', count=1).shape == (1, 16, 16, 3)
+    for path in ('text.mp4', 'absent.mp4', 'absent.webp', 'sizes.ts'):
         with pytest.raises(UserError, match=path):
             video_lib.read(tmp_path / path)
 

@@ -25,9 +25,6 @@ from cmd_jax.data.clip_options import Choice, VideoInfo
 TIMEOUT = 30.0  # seconds for one clip of a file
 # Reasons: shorter than a clip; ends, or is damaged, before the last frame asked for.
 TOO_SHORT, TOO_EARLY, UNREADABLE = 'too short', 'ends too early', 'unreadable'
-# What PyAV raises of broken files. IndexError: the streams turn out to be others than the header
-# says; ArithmeticError: rates and sizes of zero, or beyond integers.
-BROKEN = (av.FFmpegError, OSError, ValueError, MemoryError, IndexError, ArithmeticError)
 Frame = UInt8[np.ndarray, 'h w 3']
 
 
@@ -233,7 +230,7 @@ def _open(path, limit):
             # Many clips are decoded side by side: threads within one would only compete.
             stream.codec_context.thread_count = 1
             yield container, stream
-    except BROKEN as e:
+    except video_lib.BROKEN as e:
         limit.check()
         raise BadVideo(UNREADABLE, getattr(e, 'strerror', None) or str(e)) from e
 

@@ -35,6 +35,7 @@ def main():
         data,
         **{name: given[name] for name in options},
         stable_diffusion=given['stable_diffusion'],
+        text_encoder=given['text_encoder'],
     )
 
 
@@ -65,6 +66,9 @@ def define_flags():
     flags.DEFINE_integer('seed', 0, 'Of random places, crops and flips.', 0)
     flags.DEFINE_string(
         'stable_diffusion', None, 'Where the pretrained image model is now, if it has moved.'
+    )
+    flags.DEFINE_string(
+        'text_encoder', None, "Where the motion stage's own text encoder is now, if it has moved."
     )
 
 

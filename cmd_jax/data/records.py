@@ -12,7 +12,6 @@ safetensors format; its text is UTF-8 in a uint8 array. Records of videos (`Reco
 import contextlib
 import dataclasses
 import io
-import json
 import re
 import typing
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ from cmd_jax import atomic
 from cmd_jax.data import clips, files
 from cmd_jax.data.clip_options import ClipOptions, VideoInfo
 from cmd_jax.data.videos import log_once
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, parse_json
 
 # Of a folder that is being made: what decides its content, what became of each shard, and at last
 # what it holds.
@@ -104,7 +103,7 @@ def read_header(folder: str, expected: str) -> dict:
     if not files.exists(path):
         what = f'has no {HEADER}' if files.exists(folder) else 'does not exist'
         raise UserError(f'{folder} {what}: give a folder that was made for this, and completely')
-    header = json.loads(files.read(path))
+    header = parse_json(path, files.read(path))
     if header.get('format') != expected:
         raise UserError(f'{path}: its format is {header.get("format")!r}, not {expected!r}')
     return header

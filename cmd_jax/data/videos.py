@@ -93,8 +93,6 @@ class VideoFiles:
         Raises:
           UserError: no file gives a clip, or too many are unreadable.
         """
-        if not 0 < test_fraction < 1:
-            raise UserError(f'data.test_fraction={test_fraction}: must lie between 0 and 1')
         if options.clips == 'all' and not probe:
             raise UserError("data.clips='all' counts the clips of each file: set data.probe=True")
         self.name, self.class_names = listing.name, listing.class_names
@@ -114,6 +112,8 @@ class VideoFiles:
             table = self._probed(table, len(listing.table) + len(self.skipped))
         lone = False
         if 'split' not in table.column_names:
+            if not 0 < test_fraction < 1:
+                raise UserError(f'data.test_fraction={test_fraction}: must lie between 0 and 1')
             lone = len(pc.unique(table['file'])) == 1
             table = table.take(split_rows(table['file'], test_fraction)[split])
         self._keep(table)

@@ -57,8 +57,10 @@ class Sampling:
     guidance_end: float = 1.0
 
     def __post_init__(self):
-        if not math.isfinite(self.guidance):
-            raise UserError(f'guidance={self.guidance}: choose a number')
+        if not 0 <= self.guidance < math.inf:
+            raise UserError(f'guidance={self.guidance}: choose a number from 0 on; 1 is none')
+        if not 0 <= self.guidance_rescale <= 1:
+            raise UserError(f'guidance_rescale={self.guidance_rescale}: choose a number in 0..1')
         if not 0 <= self.guidance_start <= self.guidance_end <= 1:
             raise UserError(
                 f'guidance_start={self.guidance_start}, guidance_end={self.guidance_end}: choose '
@@ -91,7 +93,10 @@ def timesteps(
         ratio = process.steps // (steps + spare)
         ts = (np.arange(spare, steps + spare) * ratio)[::-1] + offset
         if offset < 0 or ts[0] >= process.steps:
-            raise UserError(f'offset={offset} leaves 0..{process.steps - 1}: choose another')
+            raise UserError(
+                f"steps={steps}, spacing='leading', offset={offset} leave the timesteps "
+                f'0..{process.steps - 1}: take fewer steps, or another spacing'
+            )
         return ts
     if spacing == 'trailing':
         # [:steps] as rounding may make arange longer by one.
@@ -129,8 +134,8 @@ def sample(
       eta: noise of DDIM in [0, 1]; 0 is deterministic, 1 has the variance of DDPM.
       clip: bound of |x_0| at every step (1 for pixels), or None. DDIM's noise follows the bounded
         x_0 (diffusers' `use_clipped_model_output=True`).
-      final_alpha_one: whether abar is 1 behind the last timestep of DDIM and DDPM, else it is
-        abar_0 (diffusers' `set_alpha_to_one=False`, which Stable Diffusion has).
+      final_alpha_one: whether abar is 1 behind the last timestep of DDIM, else it is abar_0
+        (diffusers' `set_alpha_to_one=False`, which Stable Diffusion has). Of DDPM it is 1.
       key: typed PRNG keys [b], one an example, so that an example's noise does not depend on the
         batch it is in; or one key. Needed by 'ddpm' and by eta > 0.
 
@@ -166,7 +171,8 @@ def sample(
 
         return multistep.solve(predict, x_T, ts, abar[ts], corrected=sampler == 'unipc')
 
-    abar_t, abar_s = abar[ts], np.append(abar[ts[1:]], 1.0 if final_alpha_one else abar[0])
+    last = 1.0 if final_alpha_one or sampler == 'ddpm' else abar[0]
+    abar_t, abar_s = abar[ts], np.append(abar[ts[1:]], last)
     beta = 1 - abar_t / abar_s
     tilde = beta * (1 - abar_s) / (1 - abar_t)
     rows = dict(

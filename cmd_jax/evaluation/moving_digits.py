@@ -84,6 +84,11 @@ def evaluate(
     i3d.weights()  # or say now that they are not installed
     start = time.perf_counter()
     sizes = run.clip_sizes(generator, 'moving_digits', 'moving_digits')
+    if generator.text:
+        raise UserError(
+            "condition='text' of this run: protocol=moving_digits asks for classes, use "
+            'protocol=prompted_digits'
+        )
     real, real_labels, _ = digit_judge.real_clips('test', num_real, seed=seed, **sizes)
     judge = digit_judge.DigitClassifier.train(seed=seed, **sizes)
     settings = {'seed': seed} | options

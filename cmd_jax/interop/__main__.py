@@ -47,7 +47,8 @@ def main():
         if not file:
             continue
         # As the shell was told, but for another stage of the config.
-        arg = ','.join([stage, *options.split(',')[1:]])
+        kept = [word for word in options.split(',') if word not in ('', 'all', *files)]
+        arg = ','.join([stage, *kept])
         changed = given | runs.changes(stage, tree, config)
         command = [
             *('python', 'train.py', f'--config={path}:{arg}', f'--workdir={WORKDIR.value}'),

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -60,15 +59,17 @@ def import_run(
     files = {stage: file for stage, file in files.items() if file}
     if not files:
         raise UserError('nothing to import: give --autoencoder, --content or --motion')
+    if content and tree['condition'] == 'text':
+        raise UserError(
+            f"content={content}: with condition='text' the content network is the U-Net of "
+            'stable_diffusion.source; leave it out, or give the config of a run on classes'
+        )
     present = find_present(workdir, files)
-    step = STEP
-    if 'autoencoder' not in files:
-        if 'autoencoder' not in present:
-            raise UserError(
-                f'{workdir} has no autoencoder, which {" and ".join(files)} must be of: '
-                'give --autoencoder, too'
-            )
-        step = trained.load(workdir, 'autoencoder', mesh).step
+    if 'autoencoder' not in files | present:
+        raise UserError(
+            f'{workdir} has no autoencoder, which {" and ".join(files)} must be of: '
+            'give --autoencoder, too'
+        )
     dicts = {stage: read_state_dict(file, NAMES[stage]) for stage, file in files.items()}
     count = None
     tree = with_present(tree, present)
@@ -87,7 +88,10 @@ def import_run(
         folder = writable('workdir', workdir / stage)
         save(stage, config, folder, params.pop(stage), len(names), mesh)
         configs.save(config, folder / 'config.json')
-        trained.save_inputs(folder, names, None if stage == 'autoencoder' else step)
+        inputs = trained.Inputs(names)
+        if stage != 'autoencoder':  # which comes first
+            inputs = trained.inputs_on(names, trained.load(workdir, 'autoencoder', mesh))
+        trained.save_inputs(folder, inputs)
         logging.info('%s: imported into %s', stage, folder)
     return config
 
@@ -184,9 +188,8 @@ def make_class_names(workdir: Path, count: int | None, file: str | Path | None) 
     """
     there = {}
     for stage in configs.STAGES:
-        path = workdir / stage / 'inputs.json'
-        if path.exists():
-            there[stage] = json.loads(path.read_text())['class_names']
+        if (workdir / stage / 'inputs.json').exists():
+            there[stage] = trained.read_inputs(workdir / stage).class_names
     run = there.get('content') or there.get('motion') or []
     names = read_names(Path(file)) if file else run
     if run and names != run:

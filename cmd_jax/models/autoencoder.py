@@ -25,6 +25,7 @@ from cmd_jax.models.layers import (
     Angles,
     SelfAttention,
     axial_angles,
+    check_rotary,
     gelu,
     linear,
     patchify,
@@ -175,11 +176,8 @@ class VideoAutoencoder(nnx.Module):
                 raise UserError(f'{name}={value!r} is unknown: choose one of {", ".join(known)}')
         if head_dim is None and dim % heads:
             raise UserError(f'dim={dim} is not divisible by heads={heads}: change one of them')
-        if position == 'rotary' and (head_dim or dim // heads) % 4:
-            raise UserError(
-                f'head_dim={head_dim or dim // heads} is not divisible by 4, as rotary positions '
-                "need: change dim, heads or head_dim, or set position='none'"
-            )
+        if position == 'rotary':
+            check_rotary(head_dim or dim // heads, ", or head_dim, or set position='none'")
         self.frames, self.height, self.width = frames, height, width
         self.channels, self.patch, self.motion_channels = channels, patch, motion_channels
         self.output, self.content_frame = output, content_frame

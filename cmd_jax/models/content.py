@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from cmd_jax.errors import UserError
 from cmd_jax.models.dit import Positions, TimestepEmbed, Trunk, label_init
-from cmd_jax.models.layers import axial_angles, linear, patchify, unpatchify
+from cmd_jax.models.layers import axial_angles, check_rotary, linear, patchify, unpatchify
 
 
 class ContentDiT(nnx.Module):
@@ -48,6 +48,7 @@ class ContentDiT(nnx.Module):
         self.patch, self.rows, self.columns = patch, height // patch, width // patch
         self.channels, self.num_classes, self.learn_sigma = channels, num_classes, learn_sigma
         self.head_dim = dim // heads if rotary else None
+        check_rotary(self.head_dim or 0)
         self.patch_embed = linear(patch * patch * channels, dim, dtype=dtype, rngs=rngs)
         self.positions = Positions(self.rows, self.columns, dim)
         self.time_embed = TimestepEmbed(dim, rngs=rngs)

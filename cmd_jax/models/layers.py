@@ -100,16 +100,21 @@ def rotary(x: Float[Array, '*b n heads d'], angles: Angles) -> Float[Array, '*b 
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
 
 
+def check_rotary(head_dim: int, also: str = ''):
+    """Raises UserError unless rotary positions of a grid fit into heads of this width."""
+    if head_dim % 4:
+        raise UserError(
+            f'head_dim={head_dim} is not divisible by 4, as rotary positions need: '
+            f'change dim or heads{also}'
+        )
+
+
 def axial_angles(rows: int, columns: int, head_dim: int) -> Float[np.ndarray, 'n half_d']:
     """Rotary angles of a grid: a half of the pairs turns with the row, a half with the column.
 
     A step on the grid turns them by 1 to 0.1 radians, whatever the size of the grid.
     """
-    if head_dim % 4:
-        raise UserError(
-            f'head_dim={head_dim} is not divisible by 4, as rotary positions need: '
-            'change dim or heads'
-        )
+    check_rotary(head_dim)
     frequencies = np.geomspace(1.0, 0.1, head_dim // 4)
     row, column = np.divmod(np.arange(rows * columns), columns)
     angles = [np.outer(row, frequencies), np.outer(column, frequencies)]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from cmd_jax.errors import UserError
 from cmd_jax.models.dit import Positions, TimestepEmbed, Trunk, label_init
-from cmd_jax.models.layers import axial_angles, linear, patchify, unpatchify
+from cmd_jax.models.layers import axial_angles, check_rotary, linear, patchify, unpatchify
 
 
 class MotionDiT(nnx.Module):
@@ -70,6 +70,7 @@ class MotionDiT(nnx.Module):
         self.channels, self.learn_sigma = channels, learn_sigma
         self.num_classes, self.text_dim = num_classes, text_dim
         self.head_dim = dim // heads if rotary else None
+        check_rotary(self.head_dim or 0)
         self.patch_embed = linear(patch * patch * channels, dim, dtype=dtype, rngs=rngs)
         self.positions = Positions(self.rows, self.columns, dim)
         self.content_embed = linear(

@@ -23,8 +23,9 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
+from cmd_jax import atomic
 from cmd_jax.diffusion import Process
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, parse_json
 from cmd_jax.parallel.mesh import make_mesh, replicated
 from cmd_jax.stable_diffusion import options, weights
 from cmd_jax.stable_diffusion.families import FAMILIES, SCHEDULER
@@ -50,6 +51,7 @@ class Part:
     skipped: str = ''
 
 
+INDEX = 'model_index.json'  # {component: [library, class]}
 PARTS = {
     'unet': Part(UNet, ('diffusion_pytorch_model',)),
     'vae': Part(
@@ -300,17 +302,19 @@ def read_json(folder: Path, name: str) -> dict:
     path = folder / name
     if not path.exists():
         raise UserError(f'{folder} has no {name}: give a whole diffusers folder')
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f'{path} is not readable as JSON ({e})') from e
+    return parse_json(path, path.read_text())
 
 
 def process(source: str | Path) -> Process:
     """The diffusion process that scheduler_config.json describes."""
     tree = SCHEDULER
     if not known(source):
-        tree = read_json(find(source, parts=()), 'scheduler/scheduler_config.json')
+        name = 'scheduler/scheduler_config.json'
+        tree = read_json(find(source, parts=()), name)
+        # With which it would be another process; diffusers' schedulers leave them out or off.
+        for field in ('trained_betas', 'rescale_betas_zero_snr'):
+            if tree.get(field):
+                raise UserError(f'{source}/{name}: {field}={tree[field]!r} is not supported')
     return Process(
         schedule=tree.get('beta_schedule', 'linear'),
         prediction={'epsilon': 'epsilon', 'v_prediction': 'v'}.get(
@@ -339,8 +343,7 @@ def save(pipeline: StableDiffusion, folder: str | Path):
         raise UserError(f'{pipeline.folder} is no pipeline but a text encoder: copy that folder')
     written = {name for name in PARTS if getattr(pipeline, name) is not None}
     for name in set(PARTS) - written:
-        kept = list((pipeline.folder / name).glob('*'))
-        if kept and not any(path.suffix in ('.safetensors', *weights.PICKLES) for path in kept):
+        if missing_weights(pipeline.folder / name):
             raise UserError(f'{pipeline.folder / name} was not downloaded: add {name!r} to parts')
     for path in sorted(pipeline.folder.iterdir()):
         if path.is_dir() and path.name in written:
@@ -348,8 +351,24 @@ def save(pipeline: StableDiffusion, folder: str | Path):
             shutil.copy2(path / 'config.json', folder / path.name)
             stem = PARTS[path.name].stems[0]
             weights.save(getattr(pipeline, path.name), folder / path.name / f'{stem}.safetensors')
-        elif path.is_dir():
+        elif path.is_dir() and not missing_weights(path):
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.name == INDEX:
+            tree = parse_json(path, path.read_text())
+            absent = {name for name in tree if missing_weights(pipeline.folder / name)} - written
+            tree |= dict.fromkeys(absent, (None, None))
+            if 'safety_checker' in absent and 'requires_safety_checker' in tree:
+                tree['requires_safety_checker'] = False
+            atomic.write(folder / INDEX, json.dumps(tree, indent=2) + '\n')
         elif path.suffix in ('.json', '.md', '.txt'):
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, folder)
+
+
+def missing_weights(component: Path) -> bool:
+    """Whether a folder is that of a network without its weights: one that was not downloaded, such
+    as a safety checker."""
+    if not (component / 'config.json').exists():
+        return False
+    suffixes = {path.suffix for path in component.iterdir()}
+    return not suffixes & {'.safetensors', *weights.PICKLES}

@@ -7,7 +7,6 @@ The attribute paths of the modules are the parameters' names, but for the last w
     all others                       <->  the same name
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, parse_json
 from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import param_sharding
 from cmd_jax.parallel.placement import put
@@ -77,7 +76,10 @@ def find_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
             if single.exists():
                 return [single]
             for index in folder.glob(f'{stem}.safetensors.index{variant}.json'):
-                names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+                listed = parse_json(index, index.read_text()).get('weight_map')
+                if not isinstance(listed, dict) or not listed:
+                    raise UserError(f'{index} has no weight_map: download it again')
+                names = sorted(set(listed.values()))
                 missing = [name for name in names if not (folder / name).exists()]
                 if missing:
                     raise UserError(f'{folder} lacks {missing[0]}, which {index.name} names')

@@ -17,7 +17,7 @@ from cmd_jax.data.clip_options import CROPS, PLACES, SHORT
 from cmd_jax.data.sources import SOURCES
 from cmd_jax.diffusion.process import PREDICTIONS, SCHEDULES
 from cmd_jax.diffusion.samplers import SAMPLERS, SPACINGS, Sampling
-from cmd_jax.errors import UserError, choose
+from cmd_jax.errors import UserError, choose, parse_json
 from cmd_jax.models.autoencoder import CONTENT_FRAMES, OUTPUTS, POSITIONS
 from cmd_jax.models.layers import REMAT
 
@@ -286,8 +286,8 @@ BOUNDS = {
     'max_bad': (0.0, 1.0),
     'label_drop': (0.0, 1.0),
     'ema_decay': (0.0, 1.0),
-    'b1': (0.0, 1.0),
-    'b2': (0.0, 1.0),
+    'b1': (0.0, 0.9999),  # at 1 the bias correction divides zero by zero
+    'b2': (0.0, 0.999999),
     'head_dim': (0, MANY),
     'min_snr': (0.0, MANY),
     'warmup_steps': (0, MANY),
@@ -352,6 +352,7 @@ RELEVANT = {
 FREE = (
     *('train.device_batch', 'train.save_every', 'train.keep_checkpoints', 'train.keep_every'),
     *('train.log_every', 'train.preview_every', 'train.test_clips', 'data.workers'),
+    'model.remat',
 )
 
 
@@ -384,6 +385,7 @@ def save(config: Config, path: Path):
 
 def load(path: Path) -> Config:
     try:
-        return parse(json.loads(path.read_text()))
-    except json.JSONDecodeError as e:
-        raise UserError(f'{path} is not readable as JSON ({e}): restore it or remove it') from e
+        text = path.read_text()
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror}): restore it') from e
+    return parse(parse_json(path, text))

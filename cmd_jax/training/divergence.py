@@ -243,7 +243,7 @@ def replay(where: Path, stored: Dump) -> dict:
     stages.check(name, config, len(data.class_names), mesh)
     with jax.set_mesh(mesh):
         given = frozen.load(name, config, folder.parent, data, mesh)
-        trained.check_inputs(folder, data.class_names, given.autoencoder_step)
+        trained.check_inputs(folder, given.trained_on)
         made, networks = program.make(stages.make(name, config, len(data.class_names), mesh)), {}
         if name == 'motion':
             networks = {'statistics': put(stored.statistics, replicated(mesh))}

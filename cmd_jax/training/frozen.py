@@ -34,12 +34,12 @@ class Frozen:
     Attributes:
       networks: networks and arrays that the loss reads, see `losses`.
       inputs: a host's batch from the pipeline -> what of it the loss reads.
-      autoencoder_step: of the autoencoder, or None.
+      trained_on: what the stage's inputs.json has to say; None of what is not loaded.
     """
 
     networks: dict
     inputs: Callable[[dict], dict]
-    autoencoder_step: int | None = None
+    trained_on: trained.Inputs | None = None
 
 
 def load(name: str, config: configs.Config, workdir: Path, data, mesh) -> Frozen:
@@ -53,14 +53,15 @@ def load(name: str, config: configs.Config, workdir: Path, data, mesh) -> Frozen
     if name == 'autoencoder':
         if config.autoencoder.loss.lpips_weight:
             networks['lpips'] = place(lpips.load('vgg'), mesh)
-        return Frozen(networks, labelled)
+        return Frozen(networks, labelled, trained.Inputs(data.class_names))
     autoencoder = trained_autoencoder(config, workdir, mesh)
     networks['autoencoder'] = in_compute_dtype(autoencoder.network)
+    trained_on = trained.inputs_on(data.class_names, autoencoder)
     text = load_text(name, config, autoencoder, data, mesh)
     if text is None:
-        return Frozen(networks, labelled, autoencoder.step)
+        return Frozen(networks, labelled, trained_on)
     inputs = functools.partial(captioned, text.lookup)
-    return Frozen(networks | {'text': text.frozen}, inputs, autoencoder.step)
+    return Frozen(networks | {'text': text.frozen}, inputs, trained_on)
 
 
 def load_text(
@@ -152,7 +153,7 @@ def trained_autoencoder(config: configs.Config, workdir: Path, mesh) -> trained.
     wrong = [
         f'{k}: {stored[k]!r} -> {given[k]!r}'
         for k in given
-        if k.startswith(fields) and stored[k] != given[k]
+        if k.startswith(fields) and not k.endswith(configs.FREE) and stored[k] != given[k]
     ]
     if wrong:
         raise UserError(

@@ -34,7 +34,7 @@ def identity(config: configs.Config, autoencoder: trained.Trained) -> dict:
     found = {
         'autoencoder': trained.fingerprint(autoencoder.network),
         'autoencoder_step': autoencoder.step,
-        'model': vars(autoencoder.config.autoencoder.model),
+        'model': without_remat(vars(autoencoder.config.autoencoder.model)),
         'posterior': config.stable_diffusion.posterior,
     }
     if config.stable_diffusion.source:
@@ -46,9 +46,15 @@ def identity(config: configs.Config, autoencoder: trained.Trained) -> dict:
     return found
 
 
+def without_remat(model: dict) -> dict:
+    """What a network computes does not depend on it."""
+    return {name: x for name, x in model.items() if name != 'remat'}
+
+
 def check(source: latent_records.Latents, config: configs.Config, autoencoder: trained.Trained):
     """Raises UserError unless the cache was made by the networks that a run has now."""
     stored, data = source.header['networks'], config.data
+    stored = stored | {'model': without_remat(stored.get('model', {}))}
     clip = {name: getattr(data, name) for name in ('frames', 'height', 'width')}
     if source.header['clip'] != clip:
         raise UserError(
@@ -81,6 +87,7 @@ def write(
     shard_clips: int = 1024,
     seed: int = 0,
     stable_diffusion: str | None = None,
+    text_encoder: str | None = None,
 ):
     """Encodes both splits of a data set; goes on where an earlier call stopped.
 
@@ -96,14 +103,15 @@ def write(
       batch_size: clips at a time in this process.
       shard_clips: clips in a file.
       seed: of what is random in the clips.
-      stable_diffusion: where the pretrained image model is now; None: where it was in training.
+      stable_diffusion, text_encoder: where the pretrained image model, and the motion stage's own
+        text encoder, are now; None: where they were in training.
 
     Raises:
       UserError: no trained autoencoder, data that cannot be read, or a folder with another cache.
     """
     out = os.fspath(writable('--out', out))
     mesh = make_mesh(devices=jax.local_devices())
-    run = trained.load(workdir, 'autoencoder', mesh, stable_diffusion)
+    run = trained.load(workdir, 'autoencoder', mesh, stable_diffusion, text_encoder)
     tree = dataclasses.asdict(run.config)
     tree['data'] |= data
     config = configs.parse(tree)
@@ -116,7 +124,8 @@ def write(
     }
     settings = {
         'networks': identity(config, run),
-        'data': vars(config.data) | {'workers': None, 'timeout': None},
+        # What decides about the contents.
+        'data': vars(config.data) | dict.fromkeys(('workers', 'timeout', 'max_bad')),
         'clips_per_video': clips_per_video,
         'dtype': dtype,
         'shard_clips': shard_clips,
@@ -194,7 +203,7 @@ def write_split(out, split, source, total, shards, mine, shard_clips, encoder, c
                         pass
                     continue
                 made = records.write_shard(paths[k], encoder(part.samples()))
-                told = {'records': made, 'skipped': part.skipped}
+                told = {'records': made, 'skipped': part.skipped, 'unreadable': part.unreadable}
                 files.write(about[k], json.dumps(told).encode())
     finally:
         sequence.close()
@@ -205,13 +214,14 @@ class Part:
 
     def __init__(self, samples: Iterator, start: int, bar: tqdm):
         self._samples, self._start, self._bar = samples, start, bar
-        self.skipped = {}
+        self.skipped, self.unreadable = {}, 0
 
     def samples(self) -> Iterator[tuple[int, dict]]:
         for place, sample in enumerate(self._samples, self._start):
             self._bar.update()
             if isinstance(sample, clips.Skipped):
                 self.skipped[sample.file] = [sample.reason, sample.detail]
+                self.unreadable += sample.reason != clips.TOO_SHORT
             else:
                 yield place, sample
 
@@ -225,11 +235,14 @@ def finish(out, settings, splits, encoder, shard_clips, config):
         skipped = {k: v for part in made for k, v in part['skipped'].items()}
         lost = total - sum(part['records'] for part in made)
         counts = videos.tally(reason for reason, _ in skipped.values())
-        if lost > config.data.max_bad * total:
-            first = [': '.join([k, *v]) for k, v in list(skipped.items())[: videos.FIRST]]
+        bad = sum(part['unreadable'] for part in made)
+        if bad > config.data.max_bad * total:
+            faulty = [(k, *v) for k, v in skipped.items() if v[0] != clips.TOO_SHORT]
+            first = [': '.join(filter(None, words)) for words in faulty[: videos.FIRST]]
             raise UserError(
-                f'{lost} of {total} clips of the split {split!r} cannot be had, more than '
-                f'max_bad={config.data.max_bad} ({counts}): {"; ".join(first)}'
+                f'{bad} of {total} clips of the split {split!r} cannot be had, more than '
+                f'--max_bad={config.data.max_bad} allows ({counts}): {"; ".join(first)}: mend the '
+                'videos and make it anew, or allow more with the same command to keep what is made'
             )
         told[split] = {'records': total - lost, 'shards': shards, 'skipped': skipped}
         logging.info(

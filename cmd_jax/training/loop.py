@@ -60,6 +60,9 @@ def train(
     data = stages.load_data(config)
     for name in names:
         stages.check(name, config, len(data.class_names), meshes[name])
+        begun = (workdir / name / 'inputs.json').exists()
+        if name == 'content' and config.content.start and not begun:
+            stages.read_start(config, len(data.class_names))
     # Or say now that there are too few.
     counts = {name: getattr(config, name).train.test_clips for name in names}
     clips = previews.clips(data.test, counts)
@@ -94,7 +97,7 @@ def train_stage(
         # Until there is more to save than was read, a request to stop ends it at once.
         with deferred.at_once():
             given = frozen.load(name, config, workdir, data, mesh)
-            trained.check_inputs(folder, data.class_names, given.autoencoder_step)
+            trained.check_inputs(folder, given.trained_on)
             stage = stages.make(name, config, len(data.class_names), mesh)
             settings, made = stage.train, program.make(stage)
             checkpoints = stack.enter_context(
@@ -126,7 +129,7 @@ def train_stage(
                 for place in (folder, folder / 'previews'):
                     atomic.clear(place)
                 configs.save(config, folder / 'config.json')
-                trained.save_inputs(folder, data.class_names, given.autoencoder_step)
+                trained.save_inputs(folder, given.trained_on)
             networks = given.networks | ({'statistics': statistics} if statistics else {})
             step = int(state.step)
 

@@ -110,11 +110,12 @@ class Trace:
     """
 
     def __init__(self, folder: Path, step: int):
-        self.folder, self.first, self.last = folder, step + 10, step + 15
+        self.folder, self.step, self.first, self.last = folder, step, step + 10, step + 15
         self.on = False
 
     def update(self, step: int, result):
         """To be called after each step, with something that the step computes."""
+        self.step = step
         if step == self.first:
             jax.block_until_ready(result)
             jax.profiler.start_trace(self.folder)
@@ -127,13 +128,15 @@ class Trace:
         if self.on:
             self.on = False
             jax.profiler.stop_trace()
-            logging.info('profile of %d steps in %s', self.last - self.first, self.folder)
+            logging.info('profile of %d steps in %s', self.step - self.first, self.folder)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.stop()
+        if self.step <= self.first:
+            logging.warning('no profile: it is of the steps behind the first ten')
 
 
 class Progress:

@@ -9,7 +9,7 @@ from flax import nnx
 from cmd_jax import stable_diffusion
 from cmd_jax.data import sources
 from cmd_jax.data.clip_options import ClipOptions
-from cmd_jax.diffusion import SAMPLERS, SPACINGS, Process, timesteps
+from cmd_jax.diffusion import SAMPLERS, SPACINGS, Process, Sampling, timesteps
 from cmd_jax.errors import UserError, choose
 from cmd_jax.models.autoencoder import VideoAutoencoder
 from cmd_jax.models.content import ContentDiT
@@ -139,10 +139,16 @@ def sampling_options(
       UserError: guidance where there is nothing to guide to, an unknown sampler or spacing, or more
         steps than the process has.
     """
-    if not conditioned and {guidance, motion_guidance} - {None, 1.0}:
-        raise UserError(
-            f'guidance={guidance or motion_guidance}: this run has no classes, leave it out'
-        )
+    guided = {  # and with what value nothing is
+        'guidance': (guidance, 1),
+        'motion_guidance': (motion_guidance, 1),
+        'guidance_rescale': (guidance_rescale, 0),
+        'guidance_start': (guidance_start, 0),
+        'guidance_end': (guidance_end, 1),
+    }
+    for name, (given, neutral) in guided.items():
+        if not conditioned and given not in (None, neutral):
+            raise UserError(f'{name}={given}: this run has no classes, leave it out')
     if sampler is not None:
         choose('sampler', sampler, SAMPLERS)
     if spacing is not None:
@@ -162,19 +168,25 @@ def sampling_options(
         ),
     }
     options = {}
-    for stage in set(asked) & set(config):
+    if 'content' in config:
+        options['content'] = content_sampling(config['content'])
+    if 'motion' in config:
+        options['motion'] = {'content_noise': config['motion'].motion.content_noise}
+    for stage, used in options.items():
         changes = {k: v for k, v in (common | asked[stage]).items() if v is not None}
         changes = changes if conditioned else changes | {'guidance': 1.0}
         section = getattr(config[stage], stage)
-        used = dataclasses.replace(section.sampling, **changes)
+        sampling = dataclasses.replace(section.sampling, **changes)
         # More steps than there are, and the like, before anything is computed.
-        timesteps(make_process(section.process), used.steps, used.spacing, sampler=used.sampler)
-        options[stage] = {'sampling': used}
-    if 'content' in options:
-        options['content'] |= content_sampling(config['content'])
-    if 'motion' in options:
-        options['motion']['content_noise'] = config['motion'].motion.content_noise
+        check_steps(section.process, sampling, used.get('offset', 0))
+        used['sampling'] = sampling
     return options
+
+
+def check_steps(section: configs.DiffusionProcess, sampling: Sampling, offset: int):
+    """Raises UserError where a process has not the steps that a stage is sampled in."""
+    process = make_process(section)
+    timesteps(process, sampling.steps, sampling.spacing, offset, sampling.sampler)
 
 
 def content_sampling(config: configs.Config) -> dict:

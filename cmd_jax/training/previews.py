@@ -116,12 +116,19 @@ def clips(source, counts: dict[str, int]) -> dict[str, np.ndarray]:
     if any(counts.values()):
         i3d.weights()  # or say now that they are not installed
     stage, count = max(counts.items(), key=lambda item: item[1])
-    wanted = min(max(count, PREVIEWS), len(source))
+    wanted, looked, good, bad = max(count, PREVIEWS), 0, [], None
     with futures.ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(source.__getitem__, range(wanted)))
-    good = [clip for clip in found if not isinstance(clip, Skipped)]
+        # Until there are enough: some may be unreadable or too short.
+        while looked < len(source) and len(good) < wanted:
+            places = range(looked, min(looked + wanted - len(good), len(source)))
+            for clip in pool.map(source.__getitem__, places):
+                if isinstance(clip, Skipped):
+                    bad = bad or clip
+                else:
+                    good.append(clip)
+            looked = places.stop
     if not good:
-        raise UserError(f'{source.name}: no clip of the test split can be had: {found[0]}')
+        raise UserError(f'{source.name}: no clip of the test split can be had: {bad}')
     if len(good) < count:
         raise UserError(
             f'{stage}.train.test_clips={count}: {source.name} has {len(good)} clips in its test '

@@ -10,7 +10,6 @@ from flax import nnx
 
 from cmd_jax import interop, stable_diffusion
 from cmd_jax.data import sources
-from cmd_jax.diffusion import timesteps
 from cmd_jax.errors import UserError
 from cmd_jax.interop.files import NAMES, read_state_dict
 from cmd_jax.models.rngs import make_rngs
@@ -109,13 +108,12 @@ def check(name: str, config: configs.Config, classes: int, mesh):
     nnx.eval_shape(lambda: parts.make_network(name, config, classes, make_rngs(0)))
     if name == 'autoencoder':
         return
-    process, offset = parts.make_process(section.process), 0
+    offset = 0
     if name == 'content':
         offset = parts.content_sampling(config)['offset']
         if config.condition == 'text':
             parts.check_pretrained(config)
-    sampling = section.sampling
-    timesteps(process, sampling.steps, sampling.spacing, offset, sampling.sampler)
+    parts.check_steps(section.process, section.sampling, offset)
 
 
 def make(name: str, config: configs.Config, classes: int, mesh) -> Stage:
@@ -169,10 +167,20 @@ def start(name: str, config: configs.Config, classes: int, mesh) -> dict:
         return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     if not config.content.start:
         return {}
+    weights = read_start(config, classes)
+    return put(weights, param_sharding(weights, mesh))
+
+
+def read_start(config: configs.Config, classes: int) -> dict:
+    """{path: array} of the DiT that `content.start` names, on the host.
+
+    Raises:
+      UserError: it cannot be read, or is of another network than the config's.
+    """
     height, width, _ = parts.frame_shape(config)
     sizes = dict(height=height, width=width, num_classes=classes, heads=config.content.model.heads)
-    weights = interop.dit_start(read_state_dict(config.content.start, NAMES[name]), **sizes)
+    weights = interop.dit_start(read_state_dict(config.content.start, NAMES['content']), **sizes)
     interop.check_start(
-        weights, nnx.eval_shape(lambda: parts.make_network(name, config, classes, make_rngs(0)))
+        weights, nnx.eval_shape(lambda: parts.make_content(config, classes, make_rngs(0)))
     )
-    return put(weights, param_sharding(weights, mesh))
+    return weights

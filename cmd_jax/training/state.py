@@ -50,7 +50,7 @@ def learning_rate(config: Train) -> optax.Schedule:
 
 
 def optimizer(config: Train) -> optax.GradientTransformation:
-    """AdamW (Adam where weight_decay is 0); only the kernels of linear layers decay."""
+    """AdamW (Adam where weight_decay is 0); only kernels decay: of linear layers, convolutions."""
 
     def kernels(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path_name(path)), params)

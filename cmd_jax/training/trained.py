@@ -1,7 +1,6 @@
 """A stage that has been trained: what its folder holds, and the network from it.
 
-RUN/STAGE/inputs.json says what the stage was trained on: the names of the classes, and for content
-and motion the step of the autoencoder.
+RUN/STAGE/inputs.json says what the stage was trained on, see `Inputs`.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from cmd_jax import atomic
-from cmd_jax.errors import UserError
+from cmd_jax.errors import UserError, parse_json
 from cmd_jax.models.rngs import make_rngs
 from cmd_jax.parallel.mesh import abstract_params, path_name, replicated
 from cmd_jax.parallel.placement import fetch
@@ -27,6 +26,21 @@ from cmd_jax.training.stacks import Stacks
 
 
 @dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a stage was trained on.
+
+    Attributes:
+      class_names: empty where the data has no classes.
+      autoencoder_step: of the autoencoder that content or motion was trained on, else None.
+      autoencoder: its `fingerprint`; None also where it is not known, as of an older run.
+    """
+
+    class_names: list[str]
+    autoencoder_step: int | None = None
+    autoencoder: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Trained:
     """One trained stage of a run.
 
@@ -35,8 +49,7 @@ class Trained:
       config: that it was trained with.
       step: updates of the checkpoint.
       sha256: of the checkpoint, see `integrity.fingerprint`.
-      class_names: empty where the data has no classes.
-      autoencoder_step: of the autoencoder that content or motion was trained on, else None.
+      inputs: what it was trained on.
       statistics: {'mean', 'std'} of the motion latent, [d] each; None but for the motion stage.
     """
 
@@ -44,29 +57,80 @@ class Trained:
     config: configs.Config
     step: int
     sha256: str
-    class_names: list[str]
-    autoencoder_step: int | None
+    inputs: Inputs
     statistics: dict | None
 
 
-def check_inputs(folder: Path, class_names: list[str], autoencoder_step: int | None):
-    """Raises UserError where the run in the folder was trained on other classes or another
-    autoencoder."""
+def inputs_on(class_names: list[str], autoencoder: Trained) -> Inputs:
+    """Of a stage that is trained on that autoencoder."""
+    return Inputs(class_names, autoencoder.step, fingerprint(autoencoder.network))
+
+
+def read_inputs(folder: Path) -> Inputs:
+    """Of the stage in a folder."""
     path = folder / 'inputs.json'
-    if not path.exists():
-        return
-    given = {'class_names': class_names, 'autoencoder_step': autoencoder_step}
-    for name, stored in json.loads(path.read_text()).items():
-        if stored != given[name]:
-            raise UserError(
-                f'{folder} was trained with {name}={stored}, and now it is {given[name]}: '
-                'use a new --workdir'
-            )
+    tree = parse_json(path, path.read_text())
+    try:
+        return Inputs(**tree)
+    except TypeError as e:
+        raise UserError(f'{path} has other fields than those of a stage ({e}): restore it') from e
 
 
-def save_inputs(folder: Path, class_names: list[str], autoencoder_step: int | None):
-    inputs = {'class_names': class_names, 'autoencoder_step': autoencoder_step}
-    atomic.write(folder / 'inputs.json', json.dumps(inputs) + '\n')
+def save_inputs(folder: Path, inputs: Inputs):
+    atomic.write(folder / 'inputs.json', json.dumps(dataclasses.asdict(inputs)) + '\n')
+
+
+def check_inputs(folder: Path, given: Inputs):
+    """Raises UserError where the stage in the folder was trained on other classes or another
+    autoencoder, or cannot be sampled together with what the other stages were trained on."""
+    if (folder / 'inputs.json').exists():
+        stored = read_inputs(folder)
+        wrong = other_autoencoder(stored, given)
+        if differ := other_classes(stored.class_names, given.class_names):
+            wrong = f'other classes than the data has now ({differ})'
+        if wrong:
+            raise UserError(f'{folder} was trained on {wrong}: use a new --workdir')
+    other = {'content': 'motion', 'motion': 'content'}.get(folder.name)
+    if other and (folder.parent / other / 'inputs.json').exists():
+        names = {
+            folder.name: given.class_names,
+            other: read_inputs(folder.parent / other).class_names,
+        }
+        check_classes(folder.parent, names)
+
+
+def check_classes(workdir: str | Path, names: dict[str, list[str]]):
+    """Raises UserError where the motion of a run takes other classes than its content. It may take
+    none: so an imported one does.
+
+    `names`: {'content': its classes, 'motion': its classes}.
+    """
+    differ = other_classes(names['content'], names['motion'])
+    if names['motion'] and differ:
+        raise UserError(
+            f'{workdir}: content and motion have other classes ({differ}): train one of them '
+            'again, in a new workdir, on the data of the other'
+        )
+
+
+def other_classes(stored: list[str], given: list[str]) -> str:
+    """How they differ, or ''."""
+    if len(stored) != len(given):
+        return f'{len(stored)} and {len(given)}'
+    pairs = enumerate(zip(stored, given))
+    return next((f'class {i}: {a!r} and {b!r}' for i, (a, b) in pairs if a != b), '')
+
+
+def other_autoencoder(stored: Inputs, given: Inputs) -> str:
+    """How they differ, or ''."""
+    if stored.autoencoder_step != given.autoencoder_step:
+        return (
+            f'the autoencoder of step {stored.autoencoder_step}, which is now at step '
+            f'{given.autoencoder_step}'
+        )
+    if stored.autoencoder and stored.autoencoder != given.autoencoder:
+        return 'another autoencoder than is there now, of as many steps'
+    return ''
 
 
 def load(
@@ -74,13 +138,15 @@ def load(
     stage: str,
     mesh: jax.sharding.Mesh,
     stable_diffusion: str | Path | None = None,
+    text_encoder: str | Path | None = None,
 ) -> Trained:
     """A stage of a run, its network placed on the mesh.
 
     Args:
       workdir, stage: where it is.
       mesh: where its parameters are placed.
-      stable_diffusion: where the pretrained image model is now; None: where it was in training.
+      stable_diffusion, text_encoder: where the pretrained image model, and the motion stage's own
+        text encoder, are now; None: where they were in training.
 
     Raises:
       UserError: if the stage is missing or not trained to its last step; names the command.
@@ -90,11 +156,18 @@ def load(
     if not (folder / 'inputs.json').exists():
         raise UserError(f'{workdir} has no trained {stage}: {command}')
     config = configs.load(folder / 'config.json')
+    if stable_diffusion is not None and not config.stable_diffusion.source:
+        raise UserError(f'stable_diffusion={stable_diffusion}: this run is on pixels, leave it out')
+    if text_encoder is not None and config.condition != 'text':
+        raise UserError(f'text_encoder={text_encoder}: this run is not conditioned on text')
     if stable_diffusion is not None:
         section = dataclasses.replace(config.stable_diffusion, source=str(stable_diffusion))
         config = dataclasses.replace(config, stable_diffusion=section)
-    inputs = json.loads((folder / 'inputs.json').read_text())
-    classes = len(inputs['class_names'])
+    if text_encoder is not None:
+        section = dataclasses.replace(config.motion, text_encoder=str(text_encoder))
+        config = dataclasses.replace(config, motion=section)
+    inputs = read_inputs(folder)
+    classes = len(inputs.class_names)
     abstract = nnx.eval_shape(lambda: make_network(stage, config, classes, make_rngs(0)))
     stacks = Stacks(abstract, mesh)
     tree = {'ema': abstract_params(jax.eval_shape(stacks.stack, stacks.params), mesh)}
@@ -115,8 +188,8 @@ def load(
         config=config,
         step=step,
         sha256=sha256,
+        inputs=inputs,
         statistics=stored.get('statistics'),
-        **inputs,
     )
 
 
