@@ -86,6 +86,8 @@ def change(path, value):
         ('motion.train.precision', 'fp8', ["'fp8'", 'bfloat16']),
         ('motion.train.device_batch', -1, ['motion.train.device_batch=-1']),
         ('motion.train.steps', -1, ['motion.train.steps=-1', 'positive']),
+        ('motion.sampling.guidance', -1.0, ['motion.sampling.guidance=-1.0']),
+        ('content.sampling.guidance_rescale', 7.0, ['content.sampling.guidance_rescale=7.0']),
         ('motion.train.b1', 1.0, ['motion.train.b1=1.0', '0.9999']),
         ('motion.train.b2', 1.0, ['motion.train.b2=1.0', '0.999999']),
     ],

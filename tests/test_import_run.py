@@ -172,6 +172,20 @@ def test_in_the_shell(given, tmp_path):
     assert cmd_jax.load(tmp_path / 'run').steps == {'autoencoder': 1, 'content': 3, 'motion': 1}
 
 
+@pytest.mark.parametrize(
+    'given, found',
+    [
+        ('', 'motion'),
+        ('all', 'motion'),
+        ('content,tiny', 'motion,tiny'),
+        ('sd21,all,tiny', 'sd21,motion,tiny'),
+        ('sd21', 'motion,sd21'),
+    ],
+)
+def test_the_config_of_another_stage(given, found):
+    assert runs.of_stage(given, 'motion') == found
+
+
 def test_mistakes_in_the_shell(given, tmp_path):
     importer = ('-m', 'cmd_jax.interop', f'--workdir={tmp_path}/new')
     # Of the config that is taken where none is named.
@@ -328,6 +342,14 @@ def test_nothing_is_overwritten_or_mixed(run, given, tmp_path):
     path.write_text('\n'.join(reversed(DIGITS)))
     with pytest.raises(UserError, match='names.txt differs from the class_names in'):
         runs.import_run(tmp_path, tree(), motion=given['motion'], class_names=path)
+    unfinished = json.loads((tmp_path / 'autoencoder' / 'config.json').read_text())
+    unfinished['autoencoder']['train']['steps'] = 6
+    path = tmp_path / 'begun' / 'autoencoder'
+    shutil.copytree(tmp_path / 'autoencoder', path)
+    (path / 'config.json').write_text(json.dumps(unfinished))
+    with pytest.raises(UserError, match='1 of 6 steps done'):
+        runs.import_run(tmp_path / 'begun', tree(), content=given['content'])
+    assert [p.name for p in (tmp_path / 'begun').iterdir()] == ['autoencoder'], 'nothing is written'
     shutil.rmtree(tmp_path / 'autoencoder')
     with pytest.raises(UserError, match='holds content of another autoencoder'):
         runs.import_run(tmp_path, tree(), autoencoder=given['autoencoder'])

@@ -50,11 +50,28 @@ def test_content_and_motion_take_the_same_classes(digits_run, tmp_path):
     assert alone.class_names == inputs.class_names
 
 
+@pytest.mark.usefixtures('unchecked_types')
 @pytest.mark.parametrize(
-    'text, said', [('{"class', 'not readable'), ('[]', 'list'), ('{"a": 1}', 'fields')]
+    'text, said',
+    [
+        (b'{"class', 'not readable'),
+        (b'\xff', 'not readable'),
+        (b'[]', 'list'),
+        (b'{"a": 1}', 'fields'),
+        (b'{"class_names": null}', 'class_names=None'),
+    ],
 )
 def test_damaged_inputs(digits_run, text, said, tmp_path):
     shutil.copytree(digits_run / 'autoencoder', tmp_path / 'autoencoder')
-    (tmp_path / 'autoencoder' / 'inputs.json').write_text(text)
-    with pytest.raises(UserError, match=f'inputs.json .*{said}'):
+    (tmp_path / 'autoencoder' / 'inputs.json').write_bytes(text)
+    with pytest.raises(UserError, match=f'inputs.json.*{said}'):
         cmd_jax.load(tmp_path, stages=['autoencoder'])
+
+
+def test_activations_may_be_computed_again_from_another_stage_on(digits_run, tmp_path):
+    shutil.copytree(digits_run, tmp_path, dirs_exist_ok=True)
+    tree = tiny.tree('content')
+    tree['autoencoder']['model']['remat'] = tree['content']['model']['remat'] = 'full'
+    tree['content']['train']['log_every'] = 2
+    loop.train(configs.parse(tree), tmp_path)  # trained already
+    assert configs.load(tmp_path / 'content' / 'config.json') == configs.parse(tree)

@@ -168,6 +168,17 @@ def test_unreadable_videos_may_be_allowed_afterwards(run, tmp_path):
     assert len(before) == 2
     assert before == {path: path.stat().st_mtime_ns for path in out.glob('*.array_record')}
     assert sum(len(latent_records.Latents(str(out), s)) for s in ('train', 'test')) == 4
+    # As an older version has told of it.
+    path = out / 'settings.json'
+    stored = json.loads(path.read_text())
+    stored['data']['max_bad'], stored['networks']['model']['remat'] = 0.5, 'full'
+    path.write_text(json.dumps(stored))
+    latent_cache.write(run, out, data, batch_size=8)
+    for i in range(4):
+        shutil.copy(tmp_path / 'videos' / 'short.mp4', tmp_path / 'videos' / f'{i}.mp4')
+    with pytest.raises(UserError, match='none of . clips of the split .train. can be had'):
+        latent_cache.write(run, tmp_path / 'empty', data | {'max_bad': 1.0}, batch_size=8)
+    assert not (tmp_path / 'empty' / 'header.json').exists()
 
 
 def loss_of(name: str, tree: dict, run, steps=2):

@@ -65,6 +65,20 @@ def host_batches(monkeypatch):
     monkeypatch.setattr(loop, 'put_batch', put_batch)
 
 
+@pytest.mark.parametrize(
+    'steps, said',
+    [(40, 'profile of 5 steps in'), (12, 'profile of 2 steps in'), (9, 'no profile: it is of the')],
+)
+def test_what_a_profile_is_of(steps, said, monkeypatch, tmp_path, log):
+    monkeypatch.setattr(jax.profiler, 'start_trace', lambda folder: None)
+    monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: None)
+    with metrics.Trace(tmp_path, 100) as trace:
+        for step in range(101, 101 + steps):
+            trace.update(step, np.zeros(1))
+    assert [m for m in log.messages if 'profile' in m][0].startswith(said)
+    assert len(log.messages) == 1
+
+
 def test_implicit_transfer_fails(monkeypatch, tmp_path):
     host_batches(monkeypatch)
     with pytest.raises(Exception, match='Disallowed host-to-device transfer'):

@@ -47,8 +47,7 @@ def main():
         if not file:
             continue
         # As the shell was told, but for another stage of the config.
-        kept = [word for word in options.split(',') if word not in ('', 'all', *files)]
-        arg = ','.join([stage, *kept])
+        arg = runs.of_stage(options, stage)
         changed = given | runs.changes(stage, tree, config)
         command = [
             *('python', 'train.py', f'--config={path}:{arg}', f'--workdir={WORKDIR.value}'),

@@ -70,6 +70,7 @@ def import_run(
             f'{workdir} has no autoencoder, which {" and ".join(files)} must be of: '
             'give --autoencoder, too'
         )
+    found = None if 'autoencoder' in files else trained.load(workdir, 'autoencoder', mesh)
     dicts = {stage: read_state_dict(file, NAMES[stage]) for stage, file in files.items()}
     count = None
     tree = with_present(tree, present)
@@ -88,10 +89,11 @@ def import_run(
         folder = writable('workdir', workdir / stage)
         save(stage, config, folder, params.pop(stage), len(names), mesh)
         configs.save(config, folder / 'config.json')
-        inputs = trained.Inputs(names)
-        if stage != 'autoencoder':  # which comes first
-            inputs = trained.inputs_on(names, trained.load(workdir, 'autoencoder', mesh))
-        trained.save_inputs(folder, inputs)
+        if stage == 'autoencoder':  # the first
+            trained.save_inputs(folder, trained.Inputs(names))
+            found = trained.load(workdir, 'autoencoder', mesh)
+        else:
+            trained.save_inputs(folder, trained.inputs_on(names, found))
         logging.info('%s: imported into %s', stage, folder)
     return config
 
@@ -269,6 +271,15 @@ def check_fit(
                 f'{given} is {wanted} patches for the {stage} network, but it was made for {count} '
                 f'({name}): set the size that it was made for'
             )
+
+
+def of_stage(argument: str, stage: str) -> str:
+    """A config file's argument with another stage: 'sd21,all' -> 'sd21,content'."""
+    words = [word for word in argument.split(',') if word]
+    known = (*configs.STAGES, 'all')
+    if not set(words) & set(known):
+        return ','.join([stage, *words])
+    return ','.join(stage if word in known else word for word in words)
 
 
 def changes(stage: str, tree: dict, config: configs.Config) -> dict:

@@ -302,7 +302,7 @@ def read_json(folder: Path, name: str) -> dict:
     path = folder / name
     if not path.exists():
         raise UserError(f'{folder} has no {name}: give a whole diffusers folder')
-    return parse_json(path, path.read_text())
+    return parse_json(path, path.read_bytes())
 
 
 def process(source: str | Path) -> Process:
@@ -354,8 +354,10 @@ def save(pipeline: StableDiffusion, folder: str | Path):
         elif path.is_dir() and not missing_weights(path):
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         elif path.name == INDEX:
-            tree = parse_json(path, path.read_text())
-            absent = {name for name in tree if missing_weights(pipeline.folder / name)} - written
+            tree = parse_json(path, path.read_bytes())
+            named = {name for name, x in tree.items() if isinstance(x, list)} - written
+            places = {name: pipeline.folder / name for name in named}
+            absent = {n for n, x in places.items() if not x.is_dir() or missing_weights(x)}
             tree |= dict.fromkeys(absent, (None, None))
             if 'safety_checker' in absent and 'requires_safety_checker' in tree:
                 tree['requires_safety_checker'] = False

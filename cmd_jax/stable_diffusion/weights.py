@@ -76,7 +76,7 @@ def find_files(folder: Path, stems: tuple[str, ...]) -> list[Path]:
             if single.exists():
                 return [single]
             for index in folder.glob(f'{stem}.safetensors.index{variant}.json'):
-                listed = parse_json(index, index.read_text()).get('weight_map')
+                listed = parse_json(index, index.read_bytes()).get('weight_map')
                 if not isinstance(listed, dict) or not listed:
                     raise UserError(f'{index} has no weight_map: download it again')
                 names = sorted(set(listed.values()))

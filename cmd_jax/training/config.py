@@ -321,7 +321,11 @@ def build(cls, tree, path: str):
     missing = [join(path, name) for name in hints if name not in tree]
     if missing:
         raise UserError(f'config field {missing[0]} is missing: see configs/common.py')
-    return cls(**{k: convert(hint, tree[k], join(path, k)) for k, hint in hints.items()})
+    values = {k: convert(hint, tree[k], join(path, k)) for k, hint in hints.items()}
+    try:
+        return cls(**values)
+    except UserError as e:  # it names the field alone
+        raise UserError(join(path, str(e))) from e
 
 
 def convert(hint, value, path: str):
@@ -385,7 +389,7 @@ def save(config: Config, path: Path):
 
 def load(path: Path) -> Config:
     try:
-        text = path.read_text()
+        text = path.read_bytes()
     except OSError as e:
         raise UserError(f'{path} cannot be read ({e.strerror}): restore it') from e
     return parse(parse_json(path, text))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cmd_jax import atomic, sampling, stable_diffusion
 from cmd_jax.data import clips, files, latent_records, pipeline, records, sources, videos
-from cmd_jax.errors import UserError, writable
+from cmd_jax.errors import UserError, parse_json, writable
 from cmd_jax.parallel.distributed import barrier, is_main
 from cmd_jax.parallel.mesh import batch_sharding, make_mesh
 from cmd_jax.training import config as configs
@@ -111,7 +111,9 @@ def write(
     """
     out = os.fspath(writable('--out', out))
     mesh = make_mesh(devices=jax.local_devices())
-    run = trained.load(workdir, 'autoencoder', mesh, stable_diffusion, text_encoder)
+    run = trained.load(workdir, 'autoencoder', mesh, stable_diffusion)
+    if text_encoder is not None:
+        run = dataclasses.replace(run, config=trained.with_text_encoder(run.config, text_encoder))
     tree = dataclasses.asdict(run.config)
     tree['data'] |= data
     config = configs.parse(tree)
@@ -155,7 +157,10 @@ def begin(out: str, settings: dict) -> bool:
     path = os.path.join(out, records.SETTINGS)
     settings = json.loads(json.dumps(settings))
     if os.path.exists(path):
-        stored = json.loads(files.read(path))
+        stored = parse_json(path, files.read(path))
+        # Older folders tell what does not decide about the contents.
+        stored['data']['max_bad'] = None
+        stored['networks']['model'] = without_remat(stored['networks']['model'])
         old, new = flat(stored), flat(settings)
         told = '; '.join(f'{n}: {old.get(n)} -> {x}' for n, x in new.items() if old.get(n) != x)
         if told:
@@ -235,7 +240,8 @@ def finish(out, settings, splits, encoder, shard_clips, config):
         skipped = {k: v for part in made for k, v in part['skipped'].items()}
         lost = total - sum(part['records'] for part in made)
         counts = videos.tally(reason for reason, _ in skipped.values())
-        bad = sum(part['unreadable'] for part in made)
+        # Parts of older versions do not tell.
+        bad = sum(part.get('unreadable', 0) for part in made)
         if bad > config.data.max_bad * total:
             faulty = [(k, *v) for k, v in skipped.items() if v[0] != clips.TOO_SHORT]
             first = [': '.join(filter(None, words)) for words in faulty[: videos.FIRST]]
@@ -243,6 +249,11 @@ def finish(out, settings, splits, encoder, shard_clips, config):
                 f'{bad} of {total} clips of the split {split!r} cannot be had, more than '
                 f'--max_bad={config.data.max_bad} allows ({counts}): {"; ".join(first)}: mend the '
                 'videos and make it anew, or allow more with the same command to keep what is made'
+            )
+        if lost == total:
+            raise UserError(
+                f'none of {total} clips of the split {split!r} can be had ({counts}): give other '
+                'videos, or another --out and lower --stride, or --short=loop'
             )
         told[split] = {'records': total - lost, 'shards': shards, 'skipped': skipped}
         logging.info(

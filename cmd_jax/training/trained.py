@@ -69,11 +69,14 @@ def inputs_on(class_names: list[str], autoencoder: Trained) -> Inputs:
 def read_inputs(folder: Path) -> Inputs:
     """Of the stage in a folder."""
     path = folder / 'inputs.json'
-    tree = parse_json(path, path.read_text())
+    tree = parse_json(path, path.read_bytes())
     try:
-        return Inputs(**tree)
+        found = Inputs(**tree)
     except TypeError as e:
         raise UserError(f'{path} has other fields than those of a stage ({e}): restore it') from e
+    if not isinstance(found.class_names, list):
+        raise UserError(f'{path}: class_names={found.class_names!r} is no list: restore it')
+    return found
 
 
 def save_inputs(folder: Path, inputs: Inputs):
@@ -149,7 +152,8 @@ def load(
         text encoder, are now; None: where they were in training.
 
     Raises:
-      UserError: if the stage is missing or not trained to its last step; names the command.
+      UserError: if the stage is missing or not trained to its last step (names the command), or has
+        no such part.
     """
     folder = Path(workdir) / stage
     command = f'python train.py --config=configs/NAME.py:{stage} --workdir={workdir}'
@@ -158,14 +162,11 @@ def load(
     config = configs.load(folder / 'config.json')
     if stable_diffusion is not None and not config.stable_diffusion.source:
         raise UserError(f'stable_diffusion={stable_diffusion}: this run is on pixels, leave it out')
-    if text_encoder is not None and config.condition != 'text':
-        raise UserError(f'text_encoder={text_encoder}: this run is not conditioned on text')
     if stable_diffusion is not None:
         section = dataclasses.replace(config.stable_diffusion, source=str(stable_diffusion))
         config = dataclasses.replace(config, stable_diffusion=section)
-    if text_encoder is not None:
-        section = dataclasses.replace(config.motion, text_encoder=str(text_encoder))
-        config = dataclasses.replace(config, motion=section)
+    if text_encoder is not None and stage == 'motion':
+        config = with_text_encoder(config, text_encoder)
     inputs = read_inputs(folder)
     classes = len(inputs.class_names)
     abstract = nnx.eval_shape(lambda: make_network(stage, config, classes, make_rngs(0)))
@@ -191,6 +192,21 @@ def load(
         inputs=inputs,
         statistics=stored.get('statistics'),
     )
+
+
+def with_text_encoder(config: configs.Config, where: str | Path) -> configs.Config:
+    """The config of a run whose motion stage's own text encoder has moved.
+
+    Raises:
+      UserError: it has none.
+    """
+    if not config.motion.text_encoder:
+        raise UserError(
+            f'text_encoder={where}: the motion stage of this run has no text encoder of its own, '
+            'leave it out'
+        )
+    section = dataclasses.replace(config.motion, text_encoder=str(where))
+    return dataclasses.replace(config, motion=section)
 
 
 def fingerprint(network: nnx.Module) -> str:
