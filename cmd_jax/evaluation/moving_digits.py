@@ -84,7 +84,7 @@ def evaluate(
     i3d.weights()  # or say now that they are not installed
     start = time.perf_counter()
     sizes = run.clip_sizes(generator, 'moving_digits', 'moving_digits')
-    if generator.text:
+    if generator.config['content'].condition == 'text':
         raise UserError(
             "condition='text' of this run: protocol=moving_digits asks for classes, use "
             'protocol=prompted_digits'
