@@ -4,8 +4,8 @@
 
 Needs requirements-parity.txt. Ours and another side of a case are each a process of its own, whose
 memory is its own, and are called in turn, --repeats times each: so what else the machine does falls
-on both, and what is told of two is the median of their ratios. Both start --starts times, as where
-a process's memory lies makes all of its calls faster or slower. float32 on CPUs, on as many threads
+on both, and what is told of two is the median of their ratios. Both start --starts times, so that
+one process that is slow in all of its calls does not decide. float32 on CPUs, on as many threads
 as there are cores; bfloat16 on a GPU. Random weights. 'plain' is attention by matrix products and a
 softmax, as in the authors' release; 'compiled', on a GPU, torch.compile of theirs.
 """

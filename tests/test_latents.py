@@ -174,6 +174,11 @@ def test_unreadable_videos_may_be_allowed_afterwards(run, tmp_path):
     stored['data']['max_bad'], stored['networks']['model']['remat'] = 0.5, 'full'
     path.write_text(json.dumps(stored))
     latent_cache.write(run, out, data, batch_size=8)
+    # As cmd_jax.data.prepare tells of what it makes.
+    (tmp_path / 'prepared').mkdir()
+    (tmp_path / 'prepared' / 'settings.json').write_text(json.dumps({'data': 'folder:x'}))
+    with pytest.raises(UserError, match='holds another cache .networks.autoencoder: None -> '):
+        latent_cache.write(run, tmp_path / 'prepared', data, batch_size=8)
     for i in range(4):
         shutil.copy(tmp_path / 'videos' / 'short.mp4', tmp_path / 'videos' / f'{i}.mp4')
     with pytest.raises(UserError, match='none of . clips of the split .train. can be had'):

@@ -48,7 +48,8 @@ class ContentDiT(nnx.Module):
         self.patch, self.rows, self.columns = patch, height // patch, width // patch
         self.channels, self.num_classes, self.learn_sigma = channels, num_classes, learn_sigma
         self.head_dim = dim // heads if rotary else None
-        check_rotary(self.head_dim or 0)
+        if rotary:
+            check_rotary(self.head_dim)
         self.patch_embed = linear(patch * patch * channels, dim, dtype=dtype, rngs=rngs)
         self.positions = Positions(self.rows, self.columns, dim)
         self.time_embed = TimestepEmbed(dim, rngs=rngs)

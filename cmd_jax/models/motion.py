@@ -70,7 +70,8 @@ class MotionDiT(nnx.Module):
         self.channels, self.learn_sigma = channels, learn_sigma
         self.num_classes, self.text_dim = num_classes, text_dim
         self.head_dim = dim // heads if rotary else None
-        check_rotary(self.head_dim or 0)
+        if rotary:
+            check_rotary(self.head_dim)
         self.patch_embed = linear(patch * patch * channels, dim, dtype=dtype, rngs=rngs)
         self.positions = Positions(self.rows, self.columns, dim)
         self.content_embed = linear(

@@ -118,7 +118,7 @@ def find(name: str) -> Slice:
     # No TPU is taken: several processes may compile.
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')
     try:
-        import libtpu  # noqa: F401
+        import libtpu  # noqa: F401  is it there?
     except ImportError as e:
         raise UserError(
             f'{told}: the TPU compiler is missing: pip install -r requirements-tpu-compile.txt'

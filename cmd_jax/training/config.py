@@ -362,15 +362,16 @@ FREE = (
 
 def flatten(config: Config) -> dict:
     """{'data.frames': 16, ...}."""
+    return flat(dataclasses.asdict(config))
 
-    def walk(tree, path):
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from walk(value, join(path, name))
-            else:
-                yield join(path, name), value
 
-    return dict(walk(dataclasses.asdict(config), ''))
+def flat(tree: dict, path: str = '') -> dict:
+    """The leaves of a nested dict by their paths."""
+    found = {}
+    for name, value in tree.items():
+        where = join(path, name)
+        found |= flat(value, where) if isinstance(value, dict) else {where: value}
+    return found
 
 
 def differences(stage: str, stored: Config, given: Config) -> list[str]:

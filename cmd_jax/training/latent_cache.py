@@ -31,10 +31,12 @@ FIELDS = {
 
 def identity(config: configs.Config, autoencoder: trained.Trained) -> dict:
     """What the contents of a cache depend on besides the clips, as hashes."""
+    # What the network computes does not depend on remat.
+    model = {k: x for k, x in vars(autoencoder.config.autoencoder.model).items() if k != 'remat'}
     found = {
         'autoencoder': trained.fingerprint(autoencoder.network),
         'autoencoder_step': autoencoder.step,
-        'model': without_remat(vars(autoencoder.config.autoencoder.model)),
+        'model': model,
         'posterior': config.stable_diffusion.posterior,
     }
     if config.stable_diffusion.source:
@@ -46,15 +48,9 @@ def identity(config: configs.Config, autoencoder: trained.Trained) -> dict:
     return found
 
 
-def without_remat(model: dict) -> dict:
-    """What a network computes does not depend on it."""
-    return {name: x for name, x in model.items() if name != 'remat'}
-
-
 def check(source: latent_records.Latents, config: configs.Config, autoencoder: trained.Trained):
     """Raises UserError unless the cache was made by the networks that a run has now."""
     stored, data = source.header['networks'], config.data
-    stored = stored | {'model': without_remat(stored.get('model', {}))}
     clip = {name: getattr(data, name) for name in ('frames', 'height', 'width')}
     if source.header['clip'] != clip:
         raise UserError(
@@ -66,7 +62,8 @@ def check(source: latent_records.Latents, config: configs.Config, autoencoder: t
             f"{source.path} holds no text features, which condition='text' needs: make it with an "
             'autoencoder whose config has condition=text'
         )
-    wrong = [name for name, x in identity(config, autoencoder).items() if stored.get(name) != x]
+    old, new = configs.flat(stored), configs.flat(identity(config, autoencoder))
+    wrong = [name for name, x in new.items() if old.get(name) != x]
     if wrong:
         raise UserError(
             f'{source.path} was made by other networks ({", ".join(wrong)} differ): make it anew '
@@ -124,10 +121,10 @@ def write(
         split: min(len(source) * (clips_per_video if split == 'train' else 1), limit or 1 << 62)
         for split, source in splits.items()
     }
+    free = ('workers', 'timeout', 'max_bad')  # of the contents
     settings = {
         'networks': identity(config, run),
-        # What decides about the contents.
-        'data': vars(config.data) | dict.fromkeys(('workers', 'timeout', 'max_bad')),
+        'data': {k: x for k, x in vars(config.data).items() if k not in free},
         'clips_per_video': clips_per_video,
         'dtype': dtype,
         'shard_clips': shard_clips,
@@ -158,10 +155,8 @@ def begin(out: str, settings: dict) -> bool:
     settings = json.loads(json.dumps(settings))
     if os.path.exists(path):
         stored = parse_json(path, files.read(path))
-        # Older folders tell what does not decide about the contents.
-        stored['data']['max_bad'] = None
-        stored['networks']['model'] = without_remat(stored['networks']['model'])
-        old, new = flat(stored), flat(settings)
+        # Older folders tell more, which does not decide about the contents.
+        old, new = configs.flat(stored), configs.flat(settings)
         told = '; '.join(f'{n}: {old.get(n)} -> {x}' for n, x in new.items() if old.get(n) != x)
         if told:
             raise UserError(f'{out} holds another cache ({told}): choose another --out')
@@ -171,12 +166,6 @@ def begin(out: str, settings: dict) -> bool:
     if is_main():
         files.write(path, json.dumps(settings, indent=1).encode())
     return False
-
-
-def flat(tree: dict) -> dict:
-    """{'data.frames': 8, ...} of a dict of values and dicts."""
-    inner = {f'{k}.{n}': x for k, v in tree.items() if isinstance(v, dict) for n, x in v.items()}
-    return inner | {k: v for k, v in tree.items() if not isinstance(v, dict)}
 
 
 def write_split(out, split, source, total, shards, mine, shard_clips, encoder, config):

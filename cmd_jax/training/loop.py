@@ -60,9 +60,8 @@ def train(
     data = stages.load_data(config)
     for name in names:
         stages.check(name, config, len(data.class_names), meshes[name])
-        begun = (workdir / name / 'inputs.json').exists()
-        if name == 'content' and config.content.start and not begun:
-            stages.read_start(config, len(data.class_names))
+        if not (workdir / name / 'inputs.json').exists():
+            stages.check_start(name, config, len(data.class_names))
     # Or say now that there are too few.
     counts = {name: getattr(config, name).train.test_clips for name in names}
     clips = previews.clips(data.test, counts)

@@ -171,6 +171,13 @@ def start(name: str, config: configs.Config, classes: int, mesh) -> dict:
     return put(weights, param_sharding(weights, mesh))
 
 
+def check_start(name: str, config: configs.Config, classes: int):
+    """Raises UserError where the weights that a new stage begins with cannot be read or do not
+    fit."""
+    if name == 'content' and config.content.start:
+        read_start(config, classes)
+
+
 def read_start(config: configs.Config, classes: int) -> dict:
     """{path: array} of the DiT that `content.start` names, on the host.
 

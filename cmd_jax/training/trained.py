@@ -85,7 +85,7 @@ def save_inputs(folder: Path, inputs: Inputs):
 
 def check_inputs(folder: Path, given: Inputs):
     """Raises UserError where the stage in the folder was trained on other classes or another
-    autoencoder, or cannot be sampled together with what the other stages were trained on."""
+    autoencoder, or the run's other diffusion stage on other classes."""
     if (folder / 'inputs.json').exists():
         stored = read_inputs(folder)
         wrong = other_autoencoder(stored, given)
