@@ -5,14 +5,18 @@
 Needs requirements-parity.txt. Ours and another side of a case are each a process of its own, whose
 memory is its own, and are called in turn, --repeats times each: so what else the machine does falls
 on both, and what is told of two is the median of their ratios. Both start --starts times, so that
-one process that is slow in all of its calls does not decide. float32 on CPUs, on as many threads
-as there are cores; bfloat16 on a GPU. Random weights. 'plain' is attention by matrix products and a
-softmax, as in the authors' release; 'compiled', on a GPU, torch.compile of theirs.
+one process that is slow in all of its calls does not decide. The first call of each, which
+compiles, is told by itself; on a GPU a few more are not told. float32 on CPUs, on as many threads
+as there are cores; bfloat16 on a GPU, with float32 parameters where there is a backward pass.
+Random weights. 'plain' is attention by matrix products and a softmax, as in the authors' release;
+'compiled', on a GPU, torch.compile of theirs: last, as it takes longest.
+
+After each pair the file is written; `--only` adds its rows to the file.
 """
 
+import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,11 +27,13 @@ from absl import flags
 
 from benchmarks import networks
 from benchmarks.networks import AUTOENCODER, DIT, OURS, TARGETS, UNET, UNET3D
-from cmd_jax import atomic, cli
+from cmd_jax import cli
+from cmd_jax.errors import UserError
+from cmd_jax.memory import peak_memory_gb
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 SIDE = flags.DEFINE_string('side', None, 'The side of it')
-ONLY = flags.DEFINE_list('only', '', 'Cases with one of these in their names; default: all')
+ONLY = flags.DEFINE_list('only', '', "Pairs with one of these in 'CASE: SIDE'; default: all")
 STARTS = flags.DEFINE_integer('starts', 3, 'Processes of each side, one after the other', 1)
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed calls of each process', 1)
 OUT = flags.DEFINE_string('out', None, 'JSON file')
@@ -39,6 +45,10 @@ PAIRS = {
     UNET: ((OURS, 'diffusers'),),
     UNET3D: (('diffusers',),),
 }
+COMPILED = 'compiled'
+# Untimed calls of each side on a GPU, whose clock falls while others compile, and where
+# torch.compile records the second one.
+WARM = 3
 
 
 def work(case: str, side: str) -> None:
@@ -61,7 +71,7 @@ def held(side: str) -> float:
         import torch
 
         found = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return found / 1e9 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return found / 1e9 if found else peak_memory_gb()
 
 
 def timed(run: Callable) -> float:
@@ -126,6 +136,11 @@ def called_in_turn(case: str, names: tuple[str, ...]) -> list[Side]:
     try:
         for name in names:
             sides.append(Side(case, name))
+        for _ in range(WARM if on_gpu() else 0):
+            for side in sides:
+                side.call()
+        for side in sides:
+            side.times.clear()
         for _ in range(REPEATS.value):
             for side in sides:
                 side.call()
@@ -151,44 +166,71 @@ def row(case: str, starts: tuple[Side, ...]) -> dict:
     }
 
 
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def chosen() -> list[tuple[str, tuple[str, ...]]]:
+    """Cases, each with the sides that run together, in turn."""
+    pairs = [(case, names) for case, found in PAIRS.items() for names in found]
+    if on_gpu():
+        pairs += [(case, (*names[:-1], COMPILED)) for case, names in pairs]
+    titles = [f'{case}: {names[-1]}' for case, names in pairs]
+    for word in ONLY.value:
+        if not any(word in title for title in titles):
+            raise UserError(f'--only={word}: it is in none of {"; ".join(titles)}')
+    wanted = [not ONLY.value or any(x in title for x in ONLY.value) for title in titles]
+    return [pair for pair, chosen in zip(pairs, wanted) if chosen]
+
+
 def main():
     if CASE.value:
         work(CASE.value, SIDE.value)
         return
+    missing = [name for name in ('torch', 'diffusers') if not importlib.util.find_spec(name)]
+    if missing:
+        raise UserError(f'{missing[0]} is missing: pip install -r requirements-parity.txt')
+    pairs = chosen()
     # Or this process and each of ours would take the most of a GPU's memory at once.
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     # Behind the branch above: PyTorch's processes do without JAX.
+    import diffusers
+    import jax
     import torch
 
-    from benchmarks import timing
+    from benchmarks import rows, timing
 
-    rows = []
-    about = timing.machine() | {'torch': torch.__version__}
+    if on_gpu() != (jax.default_backend() == 'gpu'):
+        raise UserError(
+            f'JAX runs on {jax.default_backend()}, PyTorch {"finds a" if on_gpu() else "finds no"} '
+            'GPU: install both for the same device, and hide it from neither (JAX_PLATFORMS=cpu, '
+            'as make has it, or CUDA_VISIBLE_DEVICES=)'
+        )
+    about = timing.machine() | {'dtype': str(timing.dtype()), 'torch': torch.__version__}
+    about |= {'diffusers': diffusers.__version__}
     about |= {'starts': STARTS.value, 'repeats': REPEATS.value}
-    about['matmul_gflops'] = timing.matmul_peak(dtype=timing.dtype())
-    for case, pairs in PAIRS.items():
-        if ONLY.value and not any(x in case for x in ONLY.value):
-            continue
-        if torch.cuda.is_available():
-            others = (pairs[0][:1] if pairs[0][0] == OURS else ()) + ('compiled',)
-            pairs += (others,)
-        for names in pairs:
-            try:
-                found = compare(case, names)
-            except Ended as e:  # the other pairs do not need it
-                print(f'{case}: {e}', flush=True)
-                rows.append({'case': case, 'sides': names, 'error': str(e)})
-                continue
-            rows += found
+    table = rows.Rows(OUT.value, about, ('case', 'side'), part=bool(ONLY.value))
+    peak, told = timing.matmul_peak(dtype=timing.dtype()), set()
+    for case, names in pairs:
+        try:
+            found = compare(case, names)
+        except Ended as e:  # the other pairs do not need it
+            print(f'{case}: {e}', flush=True)
+            found = [{'case': case, 'side': names[-1], 'error': str(e)}]
+        else:
             print(*map(line, found), sep='\n', flush=True)
-        if OUT.value:
-            atomic.write(OUT.value, json.dumps(about | {'rows': rows}, indent=1) + '\n')
+        for row in found:  # ours is told of beside the first of the others
+            if (case, row['side']) not in told:
+                table.add(row | {'matmul_gflops': peak})
+        told |= {(case, row['side']) for row in found}
 
 
 def line(row: dict) -> str:
     """For people."""
     low, high = row['seconds_spread']
-    told = f'{row["case"]:46} {row["side"]:10} {row["seconds"]:7.2f} s ({low:.2f} to {high:.2f})  '
+    told = f'{row["case"]:46} {row["side"]:10} {row["seconds"]:8.4g} s ({low:.4g} to {high:.4g})  '
     told += f'{row["gb"]:5.2f} GB  {row["tera_multiply_adds"]:6.2f} T multiply-adds'
     if 'seconds_ratio' in row:
         low, high = row['seconds_ratio_spread']

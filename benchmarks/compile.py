@@ -2,16 +2,17 @@
 
     python -m benchmarks.compile [--out=benchmarks/results/compile_cpu.json]
 
-Steps of the shipped configs are traced and compiled with a batch of one, each in a process of its
-own and without a cache. `sample.py` makes one video with a run of quickstart's size (trained for
-one step, in a temporary folder), first with an empty cache of compiled programs, then with what the
-first start left there.
+Steps of the shipped configs are traced and compiled with a batch of one, --repeats times, each in a
+process of its own and without a cache: medians, with the least and the greatest. `sample.py` makes
+one video with a run of quickstart's size (trained for one step, in a temporary folder), first with
+an empty cache of compiled programs, then with what the first start left there.
+
+After each row the file is written; `--only` adds its rows to the file.
 """
 
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,10 +20,11 @@ import time
 
 from absl import flags
 
-from cmd_jax import atomic, cli
+from cmd_jax import cli
+from cmd_jax.errors import UserError
 
 CASE = flags.DEFINE_string('case', None, 'CONFIG ARGUMENT: compile its step in this process')
-REPEATS = flags.DEFINE_integer('repeats', 3, 'Starts with a full cache', lower_bound=1)
+REPEATS = flags.DEFINE_integer('repeats', 5, 'Compilations of a step; starts with a full cache', 1)
 ONLY = flags.DEFINE_string('only', '', 'Rows with this in their names')
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 
@@ -64,6 +66,8 @@ def compile_step(name: str, arg: str) -> dict:
 
 def starts() -> dict:
     """Seconds that `sample.py` takes for a video, with an empty cache and with a full one."""
+    from benchmarks import timing
+
     with tempfile.TemporaryDirectory() as folder:
         run, cache = f'{folder}/run', f'--compilation_cache={folder}/cache'
         one = [f'--config.{s}.train.steps=1' for s in ('autoencoder', 'content', 'motion')]
@@ -72,17 +76,14 @@ def starts() -> dict:
         sample.append(f'--compilation_cache={folder}/sampled')
         first = script(*sample)
         again = [script(*sample) for _ in range(REPEATS.value)]
-    return {
-        'first_seconds': first,
-        'second_seconds': statistics.median(again),
-        'second_seconds_spread': [min(again), max(again)],
-        'target': START_TARGET,
-    }
+    again = timing.median(again, 'second_seconds')
+    return {'case': 'sample.py', 'first_seconds': first, **again, 'target': START_TARGET}
 
 
 def script(*command: str) -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    if subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f'{command[0]} failed: its error is above')
     return time.perf_counter() - started
 
 
@@ -90,26 +91,42 @@ def main():
     if CASE.value:
         print(json.dumps(compile_step(*CASE.value.split())))
         return
+    from benchmarks import rows, timing
+
+    titles = {f'step of {name}:{arg}': (name, arg) for name, arg in STEPS}
+    chosen = [title for title in (*titles, 'sample.py') if ONLY.value in title]
+    if not chosen:
+        raise UserError(f'--only={ONLY.value}: it is in no name: sample.py; {"; ".join(titles)}')
+    about = timing.in_own_process('timing') | {'repeats': REPEATS.value}
+    table = rows.Rows(OUT.value, about, ('case',), part=bool(ONLY.value))
+    for title in chosen:
+        load = os.getloadavg()[0]
+        found = steps(title, *titles[title]) if title in titles else starts()
+        table.add(found | {'load_before': load})
+        print(line(found), flush=True)
+
+
+def steps(title: str, name: str, arg: str) -> dict:
+    """A step's row."""
     from benchmarks import timing
 
-    rows = []
-    for name, arg in STEPS:
-        title = f'step of {name}:{arg}'
-        if ONLY.value not in title:
-            continue
-        row = {'case': title, 'load_before': os.getloadavg()[0], 'target': COMPILE_TARGET}
-        rows.append(row | timing.in_own_process('compile', f'--case={name} {arg}'))
-        seconds = rows[-1]['trace_seconds'] + rows[-1]['compile_seconds']
-        print(f'{title:40} {seconds:6.1f} s   target <= {COMPILE_TARGET} s', flush=True)
-    if ONLY.value in 'sample.py':
-        rows.append({'case': 'sample.py', 'load_before': os.getloadavg()[0]} | starts())
-        row = rows[-1]
-        print(
+    found = [timing.in_own_process('compile', f'--case={name} {arg}') for _ in range(REPEATS.value)]
+    parts = [
+        timing.median((x[part] for x in found), part)
+        for part in ('trace_seconds', 'compile_seconds')
+    ]
+    both = timing.median((sum(x.values()) for x in found), 'seconds')
+    return {'case': title, **parts[0], **parts[1], **both, 'target': COMPILE_TARGET}
+
+
+def line(row: dict) -> str:
+    """For people."""
+    if row['case'] == 'sample.py':
+        return (
             f'{"sample.py, one video of the quickstart":40} first {row["first_seconds"]:.1f} s, '
             f'again {row["second_seconds"]:.1f} s   target <= {START_TARGET} s again'
         )
-    if OUT.value:
-        atomic.write(OUT.value, json.dumps(timing.machine() | {'rows': rows}, indent=1) + '\n')
+    return f'{row["case"]:40} {row["seconds"]:6.1f} s   target <= {COMPILE_TARGET} s'
 
 
 if __name__ == '__main__':

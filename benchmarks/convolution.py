@@ -2,12 +2,11 @@
 
     python -m benchmarks.convolution [--out=benchmarks/results/convolution_cpu.json]
 
-Images of the U-Net's and the VAE's sizes. Best of several runs; GFLOP/s are of the direct
+Images of the U-Net's and the VAE's sizes. Medians of five calls or more; GFLOP/s are of the direct
 convolution's multiply-adds for both, the error is that of float32 against float64's result, over
 its largest value. 'chosen' is what `conv_general_dilated` takes for that shape.
 """
 
-import json
 import time
 
 import jax
@@ -15,8 +14,8 @@ import numpy as np
 from absl import flags
 from jax import lax
 
-from benchmarks import timing
-from cmd_jax import atomic, cli
+from benchmarks import rows, timing
+from cmd_jax import cli
 from cmd_jax.models import convolution
 
 # Image height, width, channels in and out.
@@ -61,6 +60,7 @@ def row(height: int, width: int, before: int, after: int) -> dict:
         measured = timing.measure(function, *given)
         found[name] = {
             'seconds': measured['seconds'],
+            'seconds_spread': measured['seconds_spread'],
             'gflops_per_second': 18e-9 * x.size * after / measured['seconds'],
             'temporary_mb': measured['temporary_mb'],
             'compile_seconds': seconds,
@@ -71,21 +71,17 @@ def row(height: int, width: int, before: int, after: int) -> dict:
 
 def main():
     """Prints a line for each shape."""
-    rows = []
+    table = rows.Rows(OUT.value, timing.machine(), ('image', 'channels'))
     for shape in SHAPES:
-        rows.append(row(*shape))
+        table.add(found := row(*shape))
         told = f'{" x ".join(map(str, shape)):24}'
         for name in ('direct', 'winograd'):
-            one = rows[-1][name]
+            one = found[name]
             told += (
                 f'{name:>10} {1e3 * one["seconds"]:7.1f} ms {one["gflops_per_second"]:6.0f} GFLOP/s'
             )
             told += f' {one["temporary_mb"]:6.0f} MB, error {one["error"]:.0e}'
-        print(
-            told + f'   chosen: {("direct", "winograd")[rows[-1]["winograd_chosen"]]}', flush=True
-        )
-    if OUT.value:
-        atomic.write(OUT.value, json.dumps(timing.machine() | {'rows': rows}, indent=1) + '\n')
+        print(told + f'   chosen: {("direct", "winograd")[found["winograd_chosen"]]}', flush=True)
 
 
 if __name__ == '__main__':

@@ -13,8 +13,6 @@ import json
 import os
 import pathlib
 import shutil
-import statistics
-import sys
 import tempfile
 import time
 from concurrent import futures
@@ -24,20 +22,21 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from benchmarks.timing import machine
-from cmd_jax import cli
+from benchmarks.timing import machine, median
+from cmd_jax import atomic, cli
 from cmd_jax.data import pipeline, prepare, shards, sources
 from cmd_jax.data.clip_options import ClipOptions
 from cmd_jax.data.clips import fit
+from cmd_jax.errors import UserError, parse_json, writable
 
 VIDEOS, SECONDS, RATE = 16, 10, 25
 HEIGHT, WIDTH, FRAMES, SIZE = 240, 320, 16, 64
 OPTIONS = ClipOptions(frames=FRAMES, height=SIZE, width=SIZE)
 
-CLIPS = flags.DEFINE_integer('clips', 250, 'Clips of a measurement of decoding.')
-LONG = flags.DEFINE_integer('long', 20_000, 'Clips of the measurement of memory.')
-TURNS = flags.DEFINE_integer('turns', 5, 'Measurements of each row.')
-STEPS = flags.DEFINE_integer('steps', 150, 'Training steps of the motion stage.')
+CLIPS = flags.DEFINE_integer('clips', 250, 'Clips of a measurement of decoding.', 10)
+LONG = flags.DEFINE_integer('long', 20_000, 'Clips of the measurement of memory.', 200)
+TURNS = flags.DEFINE_integer('turns', 5, 'Measurements of each row.', 1)
+STEPS = flags.DEFINE_integer('steps', 150, 'Training steps of the motion stage.', 50)
 ONLY = flags.DEFINE_multi_enum('only', [], ('decoding', 'memory', 'latents'), 'Tables to measure.')
 OUT = flags.DEFINE_string('out', None, 'Where to write the tables as JSON; others there stay.')
 
@@ -109,15 +108,12 @@ def pipeline_loop(spec: str, workers: int, clips: int) -> float:
 
 
 def in_turns(rows: dict) -> dict[str, dict]:
-    """{row: {clips_per_second: median, spread: [least, most]}} of functions that give one."""
+    """{row: median and spread of clips_per_second} of functions that give one."""
     found = {name: [] for name in rows}
     for _ in range(TURNS.value):
         for name, measure in rows.items():
             found[name].append(measure())
-    return {
-        name: {'clips_per_second': statistics.median(x), 'spread': [min(x), max(x)]}
-        for name, x in found.items()
-    }
+    return {name: median(x, 'clips_per_second') for name, x in found.items()}
 
 
 def prepared(folder: pathlib.Path, name: str, **options) -> str:
@@ -249,8 +245,8 @@ def latents(folder: pathlib.Path) -> dict:
             loop.train(configs.parse(tree), workdir)
             lines = (workdir / 'motion' / 'metrics.jsonl').read_text().splitlines()
             rates = [json.loads(line)['videos_per_second'] for line in lines[3:]]
-            steps = statistics.median(rates) / tree['motion']['train']['batch_size']
-            rows[f'{name}, {kind}'] = {'steps_per_second': steps}
+            batch = tree['motion']['train']['batch_size']
+            rows[f'{name}, {kind}'] = median((x / batch for x in rates), 'steps_per_second')
     ratios = {
         f'latents / on the fly, {name}': (
             rows[f'{name}, latents']['steps_per_second']
@@ -263,28 +259,32 @@ def latents(folder: pathlib.Path) -> dict:
 
 
 def main():
-    """Measures the tables, prints them, and writes them."""
+    """Measures the tables; each is printed and written at once."""
+    for flag, multiple in ((CLIPS, 10), (LONG, 200)):
+        if flag.value % multiple:
+            raise UserError(f'--{flag.name}={flag.value} must be a multiple of {multiple}')
     tables = {'decoding': decoding, 'memory': memory, 'latents': latents}
-    found = {'machine': machine()}
-    if OUT.value and os.path.exists(OUT.value):
-        found = json.loads(pathlib.Path(OUT.value).read_text()) | found
+    found, out = {}, OUT.value and pathlib.Path(OUT.value)
+    if out:
+        writable('--out', out.parent)
+        found = parse_json(out, out.read_text()) if ONLY.value and out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ONLY.value or tables:
-            found[name] = tables[name](pathlib.Path(folder))
-    for name, table in found.items():
-        print(f'\n{name}')
-        for row, numbers in table.get('rows', {}).items():
-            print(f'  {row:50}', '  '.join(f'{k} {v}' for k, v in rounded(numbers).items()))
-        for row, numbers in table.get('ratios', {}).items():
-            print(f'  {row:50}', '  '.join(f'{k} {v}' for k, v in rounded(numbers).items()))
-        if 'megabytes_after_clips' in table:
-            print(f'  MB after clips: {table["megabytes_after_clips"]}')
-    sys.stdout.flush()
-    if OUT.value:
-        os.makedirs(os.path.dirname(OUT.value) or '.', exist_ok=True)
-        with open(OUT.value, 'w') as f:
-            json.dump(found, f, indent=1)
-            f.write('\n')
+            found[name] = {'machine': machine()} | tables[name](pathlib.Path(folder))
+            print(told_table(name, found[name]), flush=True)
+            if out:
+                atomic.write(out, json.dumps(found, indent=1) + '\n')
+
+
+def told_table(name: str, table: dict) -> str:
+    """For people."""
+    lines = ['', name]
+    for row, numbers in (table.get('rows', {}) | table.get('ratios', {})).items():
+        told = '  '.join(f'{k} {v}' for k, v in rounded(numbers).items())
+        lines.append(f'  {row:50} {told}')
+    if 'megabytes_after_clips' in table:
+        lines.append(f'  MB after clips: {table["megabytes_after_clips"]}')
+    return '\n'.join(lines)
 
 
 def rounded(numbers: dict) -> dict:

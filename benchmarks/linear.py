@@ -3,18 +3,16 @@
     python -m benchmarks.linear [--out=benchmarks/results/linear_cpu.json]
 
 Gradients of the kernels of the autoencoder at the paper's UCF-101 size (16 frames of 1,024 tokens),
-in a scan as the network has them: outside a loop XLA chooses other products. Best of several runs.
+in a scan as the network has them: outside a loop XLA chooses other products. Medians of five
+calls or more.
 """
-
-import json
-import os
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from benchmarks.timing import measure
+from benchmarks import rows, timing
 from cmd_jax import cli
 from cmd_jax.models import layers
 
@@ -22,7 +20,7 @@ TOKENS = (16, 1024)
 LAYERS = {'up': (384, 3072), 'down': (1536, 384), 'qkv': (384, 1152), 'out': (384, 384)}
 DEPTH = 3
 
-OUT = flags.DEFINE_string('out', None, 'Where to write the table as JSON.')
+OUT = flags.DEFINE_string('out', None, 'JSON file')
 
 
 def kernel_gradients(graphdef, params, x, grad):
@@ -39,7 +37,7 @@ def kernel_gradients(graphdef, params, x, grad):
 
 def main():
     """Prints the table, a line for each layer and implementation."""
-    rows = []
+    table = rows.Rows(OUT.value, timing.machine(), ('layer', 'implementation'))
     normal = jax.random.normal
     for name, (before, after) in LAYERS.items():
         x = normal(jax.random.key(0), (*TOKENS, before))
@@ -53,26 +51,21 @@ def main():
             def run(params, x, grad, graphdef=graphdef):
                 return kernel_gradients(graphdef, params, x, grad)
 
-            row = measure(run, params, x, grad)
+            row = timing.measure(run, params, x, grad)
             # The forward products are not needed, and XLA leaves them out.
             row['gflops_per_second'] = 2e-9 * DEPTH * x.size * after / row['seconds']
-            rows.append({'layer': f'gradient of {name}', 'implementation': kind} | row)
+            table.add({'layer': f'gradient of {name}', 'implementation': kind} | row)
     hidden = normal(jax.random.key(2), (*TOKENS, 1536))
     stock_gelu = jax.tree_util.Partial(jax.nn.gelu, approximate=False)
     for kind, gelu in (('stock', stock_gelu), ('cmd_jax', layers.gelu)):
-        row = measure(gelu, hidden)
-        rows.append({'layer': 'gelu', 'implementation': kind} | row)
-    for row in rows:
+        row = timing.measure(gelu, hidden)
+        table.add({'layer': 'gelu', 'implementation': kind} | row)
+    for row in table:
         rate = row['gflops_per_second']
         print(
             f'{row["layer"]:20} {row["implementation"]:8} {1e3 * row["seconds"]:8.1f} ms'
             + (f'{rate:8.1f} GFLOP/s' if rate else '')
         )
-    if OUT.value:
-        os.makedirs(os.path.dirname(OUT.value) or '.', exist_ok=True)
-        with open(OUT.value, 'w') as f:
-            json.dump({'device': jax.devices()[0].device_kind, 'rows': rows}, f, indent=1)
-            f.write('\n')
 
 
 if __name__ == '__main__':

@@ -8,16 +8,15 @@ for one clip, without those that are parameters or inputs. A compiler keeps no m
 choice, and needs room to work in besides. Linear layers compute in bfloat16.
 """
 
-import json
 import pathlib
 import tempfile
-import time
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
+from benchmarks import rows
 from cmd_jax import cli
 from cmd_jax.stable_diffusion import VAE, TextEncoder, arguments
 from cmd_jax.stable_diffusion.make import describe
@@ -132,7 +131,8 @@ def measure(folder: pathlib.Path, stage: str, remat: str) -> dict:
 
 
 def main():
-    rows = []
+    about = {'family': FAMILY.value, 'jax': jax.__version__}
+    table = rows.Rows(OUT.value, about, ('stage', 'remat'))
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         describe(folder, FAMILY.value)
@@ -143,15 +143,11 @@ def main():
         print('|---|---|---|---|---|---|---|---|---|')
         for stage, policies in POLICIES.items():
             for remat in policies:
-                row = measure(folder, stage, remat)
-                rows.append(row)
+                table.add(row := measure(folder, stage, remat))
                 gb = [f'{x:.2f} GB' for name, x in row.items() if '_gb' in name]
                 print(
                     f'| {stage} | {remat} | {row["parameters_million"]:.1f} M | {" | ".join(gb)} |'
                 )
-    if OUT.value:
-        about = dict(family=FAMILY.value, jax=jax.__version__, date=time.strftime('%Y-%m-%d'))
-        pathlib.Path(OUT.value).write_text(json.dumps(about | {'rows': rows}, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -9,19 +9,17 @@ the machine could do at that time.
 """
 
 import json
-import os
-import resource
-import statistics
 import time
 
 from absl import flags
 
 from cmd_jax import cli
+from cmd_jax.memory import peak_memory_gb
 
 CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 OUT = flags.DEFINE_string('out', None, 'JSON file')
 REMAT = flags.DEFINE_string('remat', 'attention', 'What the backward pass keeps: see layers.REMAT')
-REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed runs; the median is told')
+REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs; the median is told', 1)
 
 CASES = {
     'autoencoder forward + backward': 'seconds <= 37, GB <= 7',
@@ -87,28 +85,22 @@ def measure(case: str) -> dict:
 
     function, args, forward = build(case)
     compiled = jax.jit(function)
-    started = time.time()
+    started = time.perf_counter()
     jax.block_until_ready(compiled(*args))
-    first = time.time() - started
-    times = []
-    for _ in range(REPEATS.value):
-        started = time.time()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.time() - started)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    first = time.perf_counter() - started
+    found = timing.median(timing.repeated(lambda: compiled(*args), REPEATS.value))
+    memory = peak_memory_gb()
     count = flops.count(forward, *args).flops * (3 if function is not forward else 1)
     return {
         'case': case,
         'target': CASES[case],
-        'seconds': statistics.median(times),
-        'seconds_spread': [min(times), max(times)],
+        **found,
         'first_call_seconds': first,
         'peak_gb': memory,
         'model_tflop': count / 1e12,
-        'gflops_per_second': count / statistics.median(times) / 1e9,
+        'gflops_per_second': count / found['seconds'] / 1e9,
         'matmul_gflops_per_second': timing.matmul_peak(),
         'remat': REMAT.value if case.startswith('autoencoder') else None,
-        **timing.machine(),
     }
 
 
@@ -116,22 +108,19 @@ def main():
     if CASE.value:
         print(json.dumps(measure(CASE.value)))
         return
-    from benchmarks import timing
+    from benchmarks import rows, timing
 
-    results, same = [], (f'--remat={REMAT.value}', f'--repeats={REPEATS.value}')
+    about = timing.in_own_process('timing') | {'repeats': REPEATS.value}
+    table = rows.Rows(OUT.value, about, ('case', 'remat'))
+    same = f'--remat={REMAT.value}', f'--repeats={REPEATS.value}'
     for case in CASES:
         row = timing.in_own_process('models', f'--case={case}', *same)
-        results.append(row)
+        table.add(row)
         print(
             f'{case:32} {row["seconds"]:7.2f} s  {row["peak_gb"]:5.2f} GB  '
             f'{row["gflops_per_second"]:6.0f} GFLOP/s (matrix product: '
             f'{row["matmul_gflops_per_second"]:.0f})   target: {row["target"]}'
         )
-    if OUT.value:
-        os.makedirs(os.path.dirname(OUT.value) or '.', exist_ok=True)
-        with open(OUT.value, 'w') as f:
-            json.dump(results, f, indent=2)
-            f.write('\n')
 
 
 if __name__ == '__main__':

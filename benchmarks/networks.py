@@ -137,13 +137,18 @@ def theirs(case: str, side: str):
         with counter:
             call(meta, nothing)
     if gpu:
-        model = model.to('cuda', torch.bfloat16)
-        inputs = [x.to('cuda', torch.bfloat16 if x.is_floating_point() else None) for x in inputs]
+        # What is trained keeps float32 parameters, as ours does.
+        kept = None if case == AUTOENCODER else torch.bfloat16
+        model = model.to('cuda', kept)
+        inputs = [x.to('cuda', kept if x.is_floating_point() else None) for x in inputs]
         if side == 'compiled':
-            model = torch.compile(model.to(memory_format=torch.channels_last), mode='max-autotune')
+            if case == UNET:  # the others have no images inside, or videos
+                model = model.to(memory_format=torch.channels_last)
+            model = torch.compile(model, mode='max-autotune')
 
     def run():
-        call(model, inputs)
+        with torch.autocast('cuda', torch.bfloat16, enabled=gpu and case == AUTOENCODER):
+            call(model, inputs)
         if gpu:
             torch.cuda.synchronize()
 

@@ -9,17 +9,16 @@ Its clips have the run's 8 frames, and by default there are fewer of them than a
 """
 
 import dataclasses
-import json
+import pathlib
 import time
-from pathlib import Path
 
 import numpy as np
 from absl import flags, logging
 
 import cmd_jax
-from benchmarks import tables
+from benchmarks import rows, tables
 from benchmarks.timing import machine
-from cmd_jax import atomic, cli
+from cmd_jax import cli
 from cmd_jax.errors import UserError, writable
 from cmd_jax.evaluation import digit_judge, features, intervals, run
 
@@ -38,7 +37,7 @@ def main():
     if count % 10:
         raise UserError(f'--num_videos={count} must be a multiple of 10, the digits')
     if OUT.value:
-        writable('--out', Path(OUT.value).parent)
+        writable('--out', pathlib.Path(OUT.value).parent)
     generator = cmd_jax.load(WORKDIR.value)
     sizes = run.clip_sizes(generator, 'moving_digits', 'moving_digits')
     judge = digit_judge.DigitClassifier.train(seed=seed, **sizes)
@@ -47,26 +46,23 @@ def main():
     labels = np.arange(count) % 10
     about = machine() | sizes | {'num_videos': count, 'i3d_size': SIZE.value, 'seed': seed}
     about |= {f'checkpoint_{stage}': step for stage, step in generator.steps.items()}
-    rows = []
+    table = rows.Rows(OUT.value, about, ('sampler', 'steps'))
     for sampler, steps in (('ddim', STEPS.value), ('dpmpp_2m', FEW.value), ('unipc', FEW.value)):
         started = time.perf_counter()
         videos = generator(labels.tolist(), seed=seed, sampler=sampler, steps=steps)
         seconds = time.perf_counter() - started
         found = features.i3d_logits(videos, size=SIZE.value, mesh=generator.mesh)
         right = judge(videos)[0] == labels
-        rows.append(
-            {
-                'sampler': sampler,
-                'steps': steps,
-                'seconds': seconds,
-                'accuracy': dataclasses.asdict(intervals.of_mean(right, seed)),
-                'frechet': dataclasses.asdict(intervals.frechet(wanted, found, seed)),
-            }
-        )
-        logging.info('%s', rows[-1])
-        if OUT.value:
-            atomic.write(OUT.value, json.dumps(about | {'rows': rows}, indent=1) + '\n')
-    print(tables.samplers(rows))
+        row = {
+            'sampler': sampler,
+            'steps': steps,
+            'seconds': seconds,
+            'accuracy': dataclasses.asdict(intervals.of_mean(right, seed)),
+            'frechet': dataclasses.asdict(intervals.frechet(wanted, found, seed)),
+        }
+        table.add(row)
+        logging.info('%s', row)
+    print(tables.samplers(table))
 
 
 if __name__ == '__main__':

@@ -11,7 +11,6 @@ the parameters themselves count: all three parts in float32 are 1.5 times the la
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ CASE = flags.DEFINE_string('case', None, 'Run one case in this process')
 FOLDER = flags.DEFINE_string('folder', '.cache/benchmark_sd21', 'Made and removed if not there')
 KEEP = flags.DEFINE_bool('keep', False, 'Leave the folder that was made')
 OUT = flags.DEFINE_string('out', None, 'JSON file')
-REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed runs; the median is told')
+REPEATS = flags.DEFINE_integer('repeats', 5, 'Timed runs; the median is told', 1)
 
 # What is loaded: (parts, dtype that their parameters are kept in), in turn.
 TEXT_VAE = ('text_encoder', 'vae')
@@ -58,11 +57,11 @@ def load(case: str) -> dict:
     from cmd_jax import stable_diffusion
 
     jax.devices()
-    before, started, held = status('VmHWM'), time.time(), {}
+    before, started, held = status('VmHWM'), time.perf_counter(), {}
     for parts, dtype in LOADS[case]:
         loaded = stable_diffusion.load(FOLDER.value, parts=parts, param_dtype=dtype)
         held |= {part: jax.block_until_ready(nnx.state(getattr(loaded, part))) for part in parts}
-    seconds, peak = time.time() - started, status('VmHWM')
+    seconds, peak = time.perf_counter() - started, status('VmHWM')
     leaves = {part: jax.tree.leaves(state) for part, state in held.items()}
     sizes = [sum(x.nbytes for x in tree) / 1e9 for tree in leaves.values()]
     return {
@@ -95,14 +94,10 @@ def forward() -> dict:
     def call(params, *args):
         return nnx.merge(graphdef, params)(*args)
 
-    started = time.time()
+    started = time.perf_counter()
     compiled = jax.jit(call).lower(*args).compile()
-    compile_seconds, times = time.time() - started, []
-    jax.block_until_ready(compiled(*args))
-    for _ in range(REPEATS.value):
-        started = time.time()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.time() - started)
+    compile_seconds = time.perf_counter() - started
+    times = timing.repeated(lambda: compiled(*args), REPEATS.value)
     peak, count = status('VmHWM'), flops.count(call, *args).flops
     size = sum(x.nbytes for x in jax.tree.leaves(params)) / 1e9
     return {
@@ -114,49 +109,41 @@ def forward() -> dict:
         'parameters_gb': size,
         'added_over_largest_part': (peak - before) / size,
         'model_tflop': count / 1e12,
-        'gflops_per_second': count / statistics.median(times) / 1e9,
+        'gflops_per_second': count / timing.median(times)['seconds'] / 1e9,
         'matmul_gflops_per_second': timing.matmul_peak(),
     }
 
 
-def run_case(case: str) -> dict:
-    """A case in a process of its own, with the machine's load before it."""
-    command = [sys.executable, '-m', 'benchmarks.stable_diffusion', f'--case={case}']
-    command += [f'--folder={FOLDER.value}', f'--repeats={REPEATS.value}']
-    average = os.getloadavg()[0]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return {'load_average': average} | json.loads(done.stdout.splitlines()[-1])
-
-
 def collect(case: str) -> dict:
     """A load is repeated in fresh processes, the forward pass in one. The highest peak is told."""
-    runs = [run_case(case) for _ in range(REPEATS.value if case in LOADS else 1)]
+    from benchmarks import timing
+
+    same = f'--folder={FOLDER.value}', f'--repeats={REPEATS.value}'
+    runs, load = [], os.getloadavg()[0]
+    for _ in range(REPEATS.value if case in LOADS else 1):
+        runs.append(timing.in_own_process('stable_diffusion', f'--case={case}', *same))
     row = max(runs, key=lambda run: run['peak_gb'])
-    times = [seconds for run in runs for seconds in run.pop('times')]
-    return {
-        'case': case,
-        'target': TARGETS[case],
-        'seconds': statistics.median(times),
-        'seconds_spread': [min(times), max(times)],
-        **row,
-    }
+    times = timing.median(seconds for run in runs for seconds in run.pop('times'))
+    return {'case': case, 'target': TARGETS[case], **times, 'load_before': load, **row}
 
 
 def main():
     if CASE.value:
-        from benchmarks import timing
-
-        row = forward() if CASE.value == FORWARD else load(CASE.value)
-        print(json.dumps(row | timing.machine()))
+        print(json.dumps(forward() if CASE.value == FORWARD else load(CASE.value)))
         return
-    folder, rows = Path(FOLDER.value), []
+    from benchmarks import rows, timing
+
+    table = rows.Rows(
+        OUT.value, timing.in_own_process('timing') | {'repeats': REPEATS.value}, ('case',)
+    )
+    folder = Path(FOLDER.value)
     made = not folder.exists()  # nothing else may be removed
     try:
         if made:
             make = [sys.executable, '-m', 'cmd_jax.stable_diffusion.make', '--family=sd21']
             subprocess.run([*make, f'--out={folder}'], check=True)
         for case in TARGETS:
-            rows.append(row := collect(case))
+            table.add(row := collect(case))
             print(
                 f'{case:34} {row["seconds"]:6.2f} s  peak {row["peak_gb"]:.2f} GB, '
                 f'{row["added_gb"]:.2f} of them for {row["parameters_gb"]:.2f} GB of parameters '
@@ -166,11 +153,6 @@ def main():
     finally:
         if made and not KEEP.value:
             shutil.rmtree(folder, ignore_errors=True)
-    if OUT.value:
-        os.makedirs(os.path.dirname(OUT.value) or '.', exist_ok=True)
-        with open(OUT.value, 'w') as f:
-            json.dump(rows, f, indent=2)
-            f.write('\n')
 
 
 if __name__ == '__main__':

@@ -12,12 +12,19 @@ def compilation(rows: list[dict]) -> str:
                 f'sample.py, one video of the quickstart: first start | {row["first_seconds"]:.1f}'
             )
             lines.append(f'| {first} | |')
-            lines.append(f'| later starts | {row["second_seconds"]:.1f} | {row["target"]} |')
+            low, high = row['second_seconds_spread']
+            told = f'{row["second_seconds"]:.1f} ({low:.1f} to {high:.1f})'
+            lines.append(f'| later starts | {told} | {row["target"]} |')
             continue
-        seconds = row['trace_seconds'] + row['compile_seconds']
         title = f'{row["case"]}, traced ({row["trace_seconds"]:.1f}) and compiled'
-        lines.append(f'| {title} | {seconds:.1f} | {row["target"]} |')
+        low, high = row['seconds_spread']
+        told = f'{row["seconds"]:.1f} ({low:.1f} to {high:.1f})'
+        lines.append(f'| {title} | {told} | {row["target"]} |')
     return '\n'.join(lines)
+
+
+def told_seconds(seconds: float) -> str:
+    return f'{seconds:.1f} s' if seconds >= 1 else f'{1e3 * seconds:.1f} ms'
 
 
 def beside_pytorch(rows: list[dict]) -> str:
@@ -29,7 +36,10 @@ def beside_pytorch(rows: list[dict]) -> str:
     ]
     for row in rows:
         title = row['case'].replace(' forward + backward', '').replace(' forward', '')
-        told = f'| {title}: {row["side"]} | {row["seconds"]:.1f} s | {row["gb"]:.1f} GB |'
+        if 'error' in row:
+            lines.append(f'| {title}: {row["side"]} | failed | | | | |')
+            continue
+        told = f'| {title}: {row["side"]} | {told_seconds(row["seconds"])} | {row["gb"]:.1f} GB |'
         if 'seconds_ratio' not in row:
             lines.append(f'{told} | | |')
             continue
@@ -74,4 +84,31 @@ def samplers(rows: list[dict]) -> str:
             f'({100 * accuracy["low"]:.1f} to {100 * accuracy["high"]:.1f}) '
             f'| {frechet["value"]:.0f} ({frechet["low"]:.0f} to {frechet["high"]:.0f}) |'
         )
+    return '\n'.join(lines)
+
+
+def memory(rows: list[dict]) -> str:
+    """As Markdown: a line a stage, with the activations of its policies."""
+    lines = [
+        '| stage | parameters | weights | EMA | Adam | gradients | frozen '
+        '| activations of a clip by remat |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    names = ('parameters', 'average', 'optimizer', 'gradients', 'frozen')
+    for stage in dict.fromkeys(row['stage'] for row in rows):
+        mine = [row for row in rows if row['stage'] == stage]
+        told = [stage, f'{mine[0]["parameters_million"]:.1f} M']
+        told += [f'{mine[0][f"{name}_gb"]:.2f}' for name in names]
+        told.append(', '.join(f'{x["remat"]} {x["activations_gb_a_clip"]:.2f}' for x in mine))
+        lines.append(f'| {" | ".join(told)} |')
+    return '\n'.join(lines)
+
+
+def loading(rows: list[dict]) -> str:
+    """As Markdown: of benchmarks/stable_diffusion.py, without the forward pass."""
+    lines = ["| what | seconds | memory added / the largest part's |", '|---|---|---|']
+    for row in rows:
+        if row['case'].startswith('load '):
+            added = row['added_over_largest_part']
+            lines.append(f'| {row["case"]} | {row["seconds"]:.1f} | {added:.2f} |')
     return '\n'.join(lines)

@@ -7,29 +7,43 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import flax
 import jax
 import jax.numpy as jnp
+import jaxlib
 
 from cmd_jax.models import flops
 from cmd_jax.parallel.mesh import compute_dtype
 
 
 def measure(fn, *args, seconds: float = 2.0) -> dict:
-    """The best time of one call and its memory, after compilation."""
+    """The time of one call and its memory, after compilation: medians of five calls or more."""
     compiled = jax.jit(fn).lower(*args).compile()
-    jax.block_until_ready(compiled(*args))
-    times, start = [], time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times) < 2:
-        before = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - before)
-    return {
-        'seconds': min(times),
-        'gflops_per_second': flops.count(fn, *args).flops / min(times) / 1e9,
+    found = median(repeated(lambda: compiled(*args), 5, seconds))
+    return found | {
+        'gflops_per_second': flops.count(fn, *args).flops / found['seconds'] / 1e9,
         'temporary_mb': compiled.memory_analysis().temp_size_in_bytes / 1e6,
     }
+
+
+def repeated(run: Callable, times: int, seconds: float = 0.0) -> list[float]:
+    """Seconds of each of so many calls, or of as many as take that long. One before is not told."""
+    jax.block_until_ready(run())
+    found, start = [], time.perf_counter()
+    while len(found) < times or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        jax.block_until_ready(run())
+        found.append(time.perf_counter() - before)
+    return found
+
+
+def median(times: Iterable[float], name: str = 'seconds') -> dict:
+    """For a row: {name: median, name_spread: [least, most]}."""
+    times = list(times)
+    return {name: statistics.median(times), f'{name}_spread': [min(times), max(times)]}
 
 
 def dtype():
@@ -43,16 +57,32 @@ def matmul_peak(size: int | None = None, repeats: int = 5, dtype=jnp.float32) ->
     cpu = jax.default_backend() == 'cpu'
     size, chain = size or (4096 if cpu else 8192), 1 if cpu else 16
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    # One after the other, scaled to stay finite: a call a product would be timed with it.
-    product = jax.jit(lambda a: jax.lax.fori_loop(0, chain, lambda _, b: a @ b * size**-0.5, a))
-    jax.block_until_ready(product(a))
+    scaled = a * size**-0.5  # to stay finite, and not in the loop: it would be a pass of its own
+    # One after the other: a call a product would be timed with it.
+    product = jax.jit(lambda a, b: jax.lax.fori_loop(0, chain, lambda _, b: a @ b, b))
+    jax.block_until_ready(product(scaled, a))
     warm, times = time.perf_counter() + (0.0 if cpu else 0.5), []
     # Accelerators take a while to raise their clock.
     while time.perf_counter() < warm or len(times) < repeats:
         before = time.perf_counter()
-        jax.block_until_ready(product(a))
+        jax.block_until_ready(product(scaled, a))
         times.append(time.perf_counter() - before)
     return chain * 2e-9 * size**3 / statistics.median(times[-repeats:])
+
+
+def use_the_whole_gpu():
+    """JAX takes three quarters of a GPU's memory; benchmarks of what fits take nearly all.
+
+    Must come before anything touches a device.
+    """
+    os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.95')
+
+
+def device_memory(name: str) -> float | None:
+    """GB by that name of the device's `memory_stats`, such as 'peak_bytes_in_use'; None where it
+    does not tell."""
+    found = (jax.devices()[0].memory_stats() or {}).get(name)
+    return found and found / 1e9
 
 
 def processor() -> str:
@@ -84,14 +114,24 @@ def in_own_process(benchmark: str, *flags: str) -> dict:
 
 
 def machine() -> dict:
-    """What ran, and on what."""
+    """What ran, and on what. Where other processes of a benchmark need the device, from one of its
+    own: in_own_process('timing')."""
+    device = jax.devices()[0]
     return {
-        'device': jax.devices()[0].device_kind,
+        'device': device.device_kind,
+        'devices': jax.device_count(),
         'cores': os.cpu_count(),
         'python': platform.python_version(),
         'jax': jax.__version__,
+        'jaxlib': jaxlib.__version__,
+        'flax': flax.__version__,
+        'runtime': device.client.platform_version,  # of CUDA or libtpu
         'processor': processor(),
         'glibc_tunables': os.environ.get('GLIBC_TUNABLES'),
         'preloaded': [Path(x).name for x in os.environ.get('LD_PRELOAD', '').split(':') if x],
         'date': time.strftime('%Y-%m-%d'),
     }
+
+
+if __name__ == '__main__':
+    print(json.dumps(machine()))

@@ -1,4 +1,4 @@
-"""The tables of docs/speed.md are those of benchmarks/results."""
+"""The tables of docs/speed.md and docs/text_to_video.md are those of benchmarks/results."""
 
 import json
 import pathlib
@@ -7,6 +7,7 @@ from benchmarks import tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'docs/speed.md').read_text()
+TEXT_TO_VIDEO = (ROOT / 'docs/text_to_video.md').read_text()
 
 
 def rows(name):
@@ -28,3 +29,11 @@ def test_convolutions():
 
 def test_samplers():
     assert tables.samplers(rows('samplers_cpu')) in TEXT
+
+
+def test_memory():
+    assert tables.memory(rows('memory_sd21')) in TEXT_TO_VIDEO
+
+
+def test_loading():
+    assert tables.loading(rows('stable_diffusion_cpu')) in TEXT_TO_VIDEO
