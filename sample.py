@@ -6,7 +6,8 @@
     python sample.py --config=configs/text_to_video.py:sd21,all --compile_for=v5e:1x1
 
 Writes to --out: one mp4 a video, grid.mp4, grid.gif, frames.png (a row a video) and samples.json.
-The last one needs no run: it compiles for a TPU that is not here, and tells what sampling takes.
+The fourth command needs no run and writes none of them: it compiles for a TPU that is not here, and
+tells what sampling takes.
 """
 
 import dataclasses
@@ -39,8 +40,12 @@ SAMPLING = (
     flags.DEFINE_integer('motion_steps', None, 'Default: --steps', lower_bound=1),
     flags.DEFINE_float('motion_guidance', None, 'Default: --guidance'),
     flags.DEFINE_float('guidance_rescale', None, 'How much of its contrast is taken away, 0..1'),
-    flags.DEFINE_float('guidance_start', None, 'Where on the way from noise, 0, to data, 1, ...'),
-    flags.DEFINE_float('guidance_end', None, '... guidance begins and ends'),
+    flags.DEFINE_float(
+        'guidance_start', None, 'Where on the way from noise (0) to data (1) guidance begins'
+    ),
+    flags.DEFINE_float(
+        'guidance_end', None, 'Where on the way from noise (0) to data (1) guidance ends'
+    ),
 )
 STABLE_DIFFUSION = flags.DEFINE_string(
     'stable_diffusion', None, 'Folder of the pretrained image model, if it has moved'

@@ -1,8 +1,10 @@
 """Trains one stage, or all, of a CMD video generator.
 
-    python train.py --config=configs/ucf101.py:autoencoder --workdir=runs/ucf101
+    python train.py --config=configs/quickstart.py:all --workdir=runs/quickstart
+    python train.py --config=configs/folder.py:all --workdir=runs/mine \\
+        --config.data.source=folder:DIR
 
-Any field of the config can be set: --config.data.source=folder:DIR
+Any field of the config can be set, as in the second line.
 """
 
 from absl import flags

@@ -22,6 +22,9 @@ from absl import app, flags, logging
 from cmd_jax.errors import Interrupted, UserError
 from cmd_jax.parallel import coordination, distributed, preemption, xla_flags
 
+# The flags below are the scripts': their --help tells them.
+flags.disclaim_key_flags()
+
 
 def run(main: Callable[[], None]):
     """Runs a script's `main()` with parsed flags."""
@@ -85,7 +88,8 @@ def distributed_flags():
         'auto',
         distributed.MODES,
         'Several processes: off, on, or auto: on where the environment shows more than one (srun, '
-        'mpirun, a Cloud TPU pod) or the next three flags are given',
+        'mpirun, a Cloud TPU pod) or --coordinator_address, --process_count or --process_id is '
+        'given',
     )
     flags.DEFINE_string('coordinator_address', None, 'HOST:PORT of process 0')
     flags.DEFINE_integer('process_count', None, 'Processes in all')

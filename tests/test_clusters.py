@@ -179,8 +179,11 @@ def test_compiled_programs_are_kept(options, monkeypatch, tmp_path, log):
     assert record.getMessage().startswith('compiled programs are not kept: --compilation_cache=')
     distributed.cache_compiled(None)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'cmd_jax' / 'compiled')
-    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.1
     assert jax.config.jax_compilation_cache_max_size == 8 * 2**30
+    distributed.cache_compiled('gs://bucket/compiled')
+    assert jax.config.jax_compilation_cache_dir == 'gs://bucket/compiled'
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path))
     distributed.cache_compiled(str(tmp_path / 'other'))
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'cmd_jax' / 'compiled')
+    assert jax.config.jax_compilation_cache_dir == 'gs://bucket/compiled'

@@ -105,7 +105,7 @@ PROTOCOLS = {
         num_real=None,
         num_fake=10_100,
         prompts='ucf101',
-        paper={'generation_fvd': ('504', 'VideoLDM 551')},
+        paper={'generation_fvd': ('504 (Stable Diffusion 1.5)', 'VideoLDM 551')},
     ),
     'clipsim': Protocol(
         about='CLIPSIM of videos generated from 2,000 captions of the test split.',

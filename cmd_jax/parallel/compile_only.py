@@ -216,5 +216,6 @@ class DoesNotFit(Exception):
 
 
 def _needed(message: str) -> float | None:
-    found = re.search(r'Used ([\d.]+)([KMGT]?) of', message)
+    # Two wordings of libtpu's.
+    found = re.search(r'([\d.]+)([KMGT]?)(?: of \S+ hbm|\) exceeds available HBM)', message)
     return found and float(found[1]) * 1024 ** ' KMGT'.index(found[2] or ' ')

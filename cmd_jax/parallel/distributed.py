@@ -256,7 +256,8 @@ def default_cache() -> str:
 
 
 def cache_compiled(folder: str | None):
-    """Keeps what took over a second to compile, for the next run.
+    """Keeps what took over a tenth of a second to compile, for the next run; at an address, which
+    takes its time to ask, over a second.
 
     The ones that were not used for longest go when there are more than CACHE_BYTES.
 
@@ -276,7 +277,9 @@ def cache_compiled(folder: str | None):
             logging.warning('compiled programs are not kept: %s', e)
             return
     jax.config.update('jax_compilation_cache_dir', folder)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+    # Not all: JAX looks at each that is there before it keeps another.
+    least = 1.0 if '://' in folder else 0.1
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', least)
     # JAX limits the size only with this package.
     if importlib.util.find_spec('filelock'):
         jax.config.update('jax_compilation_cache_max_size', CACHE_BYTES)
