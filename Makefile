@@ -11,6 +11,8 @@ CLIPS := .cache/clips
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Huge pages for large buffers: without them a step on a CPU spends much of its time on page faults.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
+# With the TPU compiler that `make test` installs, JAX would look for a TPU of this machine.
+export JAX_PLATFORMS ?= cpu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -32,7 +34,7 @@ runs/tiny_sd/model_index.json: | $(STAMPS)/requirements.txt
 	$(BIN)/python -m cmd_jax.stable_diffusion.make --family=tiny --out=runs/tiny_sd
 
 test: lint $(STAMPS)/requirements-weights.txt $(STAMPS)/requirements-beam.txt $(STAMPS)/requirements-tpu-compile.txt $(CLIPS)/complete  ## Lint, format check and the test suite.
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMPS)/requirements-dev.txt  ## Lint and format check.
 	$(BIN)/ruff check
@@ -75,8 +77,8 @@ clean:  ## Removes .venv and every cache; runs/ stays.
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  { echo 'make: PYTHON=$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 ...' >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || \
+	  { echo 'make: PYTHON=$(PYTHON) is not Python 3.11, 3.12 or 3.13 (TensorFlow has no package for others); name one that is: make PYTHON=python3.12 ...' >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(STAMPS)/%.txt: %.txt constraints.txt | $(BIN)/python

@@ -18,12 +18,33 @@ os.environ['XLA_FLAGS'] = (
     f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'.strip()
 )
 
-# What one worker or subprocess has compiled, no other compiles again. The first process to come
-# here makes the folder, the others inherit its environment.
+# What one worker or subprocess has compiled, no other compiles again, however small. The first
+# process to come here makes the folder, the others inherit its environment.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='cmd_jax_tests_')
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     jax.config.update('jax_compilation_cache_dir', cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     atexit.register(shutil.rmtree, cache, ignore_errors=True)
+
+# Begun first, so that none of them is left to one worker at the end.
+LONGEST = (
+    'test_processes',
+    'test_text_to_video',
+    'test_latents',
+    'test_generate',
+    'test_evaluation',
+    'test_divergence',
+    'test_moving_digits',
+    'test_training',
+    'test_benchmarks',
+    'test_import_run',
+    'test_notebook',
+    'test_stable_diffusion',
+    'test_stable_diffusion_parity',
+    'test_resume',
+    'test_i3d',
+)
 
 jax.config.update('jax_num_cpu_devices', 8)
 # Before the first import of the package.
@@ -33,6 +54,11 @@ from cmd_jax.parallel import xla_flags  # noqa: E402  behind the hook
 
 # Programs are those that users run.
 xla_flags.set_options()
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture

@@ -50,7 +50,8 @@ def test_equals_the_formula_with_gradients(monkeypatch, name, n, m):
     monkeypatch.setattr(module, 'SHORT_SCORES', 600)
     monkeypatch.setattr(module, 'LONG_SCORES', 1200)
     arrays = inputs(4, n, m, 3, 8)
-    found = with_gradients(module.marked(name, m), *arrays)
+    # What `marked` keeps would have these blocks for good.
+    found = with_gradients(module.marked.__wrapped__(name, m), *arrays)
     for x, want in zip(found, exact(*arrays), strict=True):
         np.testing.assert_allclose(x, want, atol=1e-5)
 
@@ -224,4 +225,4 @@ def test_split_over_a_mesh_it_is_the_same_without_communication():
         "import jax; jax.config.update('jax_platforms', 'cpu');"
         "jax.config.update('jax_num_cpu_devices', 8)" + SHARDED
     )
-    subprocess.run([sys.executable, '-c', code], check=True)
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=600)

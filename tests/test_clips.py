@@ -51,6 +51,18 @@ def test_decode_of_containers(tmp_path, name, codec, keyframes):
         assert got == numbers(whole)[23:35:2]
 
 
+@pytest.mark.parametrize('pix_fmt', ['gray', 'gray10le', 'yuv420p', 'yuv420p10le', 'yuv444p12le'])
+def test_decode_of_pixel_formats(tmp_path, pix_fmt):
+    """And of odd sizes: 8 bits of red, green and blue come out, of the same brightness."""
+    path, video = tmp_path / 'x.mkv', numbered(10, 33, 47)
+    video[:, :16] //= 2
+    encode(path, video, 'ffv1', None, pix_fmt)
+    info, clip = clips.probe(path), cut(path, 2, 4, 2)
+    assert (info.frames, info.height, info.width) == (10, 33, 47)
+    assert clip.dtype == np.uint8 and clip.shape == (4, 33, 47, 3)
+    assert np.abs(clip.astype(int) - video[2:10:2]).max() <= 2
+
+
 def test_rotation_metadata_is_applied(tmp_path):
     path = tmp_path / 'x.mp4'
     video = numbered(3, 16, 32)

@@ -309,9 +309,8 @@ def test_features_are_fetched_behind_the_next_sampling(monkeypatch):
 
 def evaluate(*flags):
     root = pathlib.Path(__file__).parents[1]
-    return subprocess.run(
-        [sys.executable, 'evaluate.py', *flags], cwd=root, capture_output=True, text=True
-    )
+    command = [sys.executable, 'evaluate.py', *flags]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
 
 
 def test_script_writes_numbers_and_one_page(digits_run, tmp_path):

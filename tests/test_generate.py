@@ -100,11 +100,17 @@ def test_videos_do_not_depend_on_the_devices(run, monkeypatch):
     assert np.abs(videos(1).astype(int) - videos(8)).max() <= 1
 
 
-def test_guidance_and_steps_change_the_video(generator):
-    videos = [generator([3], **kwargs) for kwargs in ({}, {'guidance': 9.0}, {'steps': 5})]
-    assert (videos[0] != videos[1]).any() and (videos[0] != videos[2]).any()
-    motion = generator([3], motion_guidance=9.0)
-    assert (motion != videos[0]).any()
+def test_options_of_sampling_change_the_video(generator):
+    base = dict(guidance=9.0, steps=6)
+    changes = (
+        *(dict(guidance=2.0), dict(steps=5), dict(motion_guidance=2.0), dict(motion_steps=4)),
+        *(dict(guidance_rescale=1.0), dict(guidance_start=0.5), dict(guidance_end=0.5)),
+        *(dict(spacing='trailing'), dict(sampler='ddpm'), dict(sampler='dpmpp_2m')),
+    )
+    videos = [generator([3], **base | change) for change in ({}, *changes)]
+    for i, found in enumerate(videos):
+        same = [j for j in range(i) if (found == videos[j]).all()]
+        assert not same, (changes[i - 1], same)
 
 
 def test_reconstruct_and_content_frames(generator):

@@ -1,10 +1,8 @@
 """Latent caches: what they hold, training from them, and what is refused."""
 
 import json
-import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -88,6 +86,12 @@ def test_training_from_a_cache_is_training_on_the_clips(run, cache, stage, tmp_p
         assert list((tmp_path / name / stage / 'previews').glob('*.png'))
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert len(set(losses[0])) == 6
+    # As one vector: where a gradient is rounding noise, Adam's update may point anywhere.
+    one, other = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(nnx.state(n.network, nnx.Param))])
+        for n in networks
+    )
+    assert np.linalg.norm(one - other) < 1e-3 * np.linalg.norm(one)
     if stage == 'motion':
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
@@ -239,7 +243,6 @@ def test_caches_of_others_are_refused(run, cache, tmp_path):
     source = f'latents:{cache}'
     with pytest.raises(UserError, match='for the content and motion stages: the autoencoder'):
         loop.train(config('all', source), tmp_path / 'x')
-    shutil.copytree(run, tmp_path / 'sizes')
     with pytest.raises(UserError, match="'frames': 4.*the config asks for .*'frames': 6"):
         data = stages.load_data(config('motion', source))
         found = trained.load(run, 'autoencoder', meshes.make_mesh())
@@ -277,43 +280,3 @@ def test_the_command(run, cache, tmp_path):
     for i in range(20):
         np.testing.assert_allclose(half[i]['motion'], full[i]['motion'], atol=1e-3)
         assert half[i]['content'].dtype == np.float32
-
-
-PROCESS = """
-import sys
-import jax
-import jax.numpy as jnp
-jax.config.update('jax_num_cpu_devices', 2)
-index, port, run, out = sys.argv[1:]
-jax.distributed.initialize(f'localhost:{port}', 2, int(index))
-from cmd_jax.training import latent_cache
-latent_cache.write(run, out, {}, batch_size=8, shard_clips=6, limit=20)
-"""
-
-
-def test_two_processes_share_the_work(run, cache, tmp_path):
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        port = s.getsockname()[1]
-    (tmp_path / 'process.py').write_text(PROCESS)
-    command = [sys.executable, str(tmp_path / 'process.py')]
-    root = pathlib.Path(__file__).parent.parent
-    env = os.environ | {'PYTHONPATH': str(root)}
-    both = [
-        subprocess.Popen(
-            [*command, str(i), str(port), str(run), str(tmp_path / 'x')],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for i in range(2)
-    ]
-    for process in both:
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors[-3000:]
-    assert content(tmp_path / 'x').keys() == content(cache).keys()
-    ours, theirs = (latent_records.Latents(str(p), 'train') for p in (tmp_path / 'x', cache))
-    for i in range(20):
-        one, other = ours[i], theirs[i]
-        np.testing.assert_allclose(one['motion'], other['motion'], atol=2e-6)
-        assert one['caption'] == other['caption'] and one['label'] == other['label']

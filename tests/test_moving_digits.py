@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 
@@ -5,8 +6,10 @@ import numpy as np
 import pytest
 
 from cmd_jax.errors import UserError
-from cmd_jax.evaluation import moving_digits, report
+from cmd_jax.evaluation import digit_judge, moving_digits, report
 from tests import digit_player
+
+train_judge = functools.cache(digit_judge.DigitClassifier.train)
 
 
 class Player(digit_player.Player):
@@ -28,6 +31,13 @@ class Liar(Player):
     def __call__(self, *, labels, **settings):
         videos = super().__call__(labels=[(label + 1) % 10 for label in labels], **settings)
         return np.repeat(videos[:, :1], videos.shape[1], axis=1)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """I3D sees fewer pixels; a classifier is trained once."""
+    monkeypatch.setattr(moving_digits, '_SIZE', 32)
+    monkeypatch.setattr(digit_judge.DigitClassifier, 'train', train_judge)
 
 
 def test_evaluate_praises_real_clips(tmp_path):

@@ -22,7 +22,7 @@ from tests import tiny
 from tests.test_distributed import clean, environment, free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 20
+STEPS = 8
 SOURCE = 'moving_digits:16'  # an epoch is two batches
 HUNG = 900  # seconds after which processes are given up: no measure of speed, machines may be busy
 # At a constant rate the curve does not depend on how long it is to become.
@@ -64,7 +64,8 @@ class Processes:
             elif i == count - 1:
                 place += last
             more = dict(JAX_NUM_CPU_DEVICES=str(devices), WATCHED=str(folder / f'{i}.read'))
-            more |= dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0')
+            # Another process may be writing an entry of the cache of compiled programs.
+            more |= dict(PYTHONWARNINGS='ignore::UserWarning:jax._src.compiler')
             with (folder / f'{i}.err').open('w') as err:
                 self.all.append(
                     subprocess.Popen(
@@ -259,7 +260,7 @@ def test_an_error_of_one_ends_all(late, tmp_path):
 
 
 def test_text(small_pipeline, tmp_path):
-    """VAE, U-Net and tables of captions; tokens of captions where no table is made."""
+    """VAE, U-Net and tables of captions."""
     steps = {f'{stage}__train__steps': 2 for stage in configs.STAGES}
     one, run = tmp_path / 'one', tmp_path / 'run'
     given = tiny.text_tree(small_pipeline, data__source=SOURCE, **steps)
@@ -268,7 +269,9 @@ def test_text(small_pipeline, tmp_path):
     shutil.copytree(one / 'autoencoder', run / 'autoencoder')
     train(given, run, tmp_path / 'logs', 2, 2)
     for stage in ('content', 'motion'):
-        same(curve(run, stage), curve(one, stage))
+        found = curve(run, stage)
+        assert len(found) == 2
+        same(found, curve(one, stage))
 
 
 def test_a_cache_of_latents(whole, tmp_path):
@@ -296,4 +299,6 @@ def test_a_cache_of_latents(whole, tmp_path):
     shutil.copytree(whole / 'autoencoder', run / 'autoencoder')
     cached = tree('motion', data__source=f'latents:{two}', motion__train__steps=3)
     train(cached, run, tmp_path / 'logs', 2, 2)
-    same(curve(run, 'motion'), curve(whole, 'motion'))
+    found = curve(run, 'motion')
+    assert len(found) == 3
+    same(found, curve(whole, 'motion'))

@@ -208,9 +208,8 @@ def test_script_measures_as_many_videos_as_the_protocol_does(tmp_path):
         'runpy.run_path("evaluate.py", None, "__main__")'
     )
     flags = ['--protocol=prompted_digits', '--seed=2', f'--workdir={tmp_path}']
-    done = subprocess.run(
-        [sys.executable, '-c', program, *flags], cwd=root, capture_output=True, text=True
-    )
+    command = [sys.executable, '-c', program, *flags]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     numbers = json.loads((tmp_path / 'evaluation/prompted_digits.json').read_text())
     assert (numbers['num_videos'], numbers['seed']) == (160, 2)

@@ -202,7 +202,9 @@ def test_unwritable_folder_is_a_user_error(tmp_path):
 )
 def test_script_says_what_is_wrong_in_one_line(flags, said):
     script = pathlib.Path(__file__).parents[1] / 'evaluate.py'
-    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *flags], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
     assert len(errors) == 1 and said in errors[0] and 'Traceback' not in done.stderr

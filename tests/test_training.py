@@ -27,10 +27,10 @@ from cmd_jax.video import to_float
 from tests import tiny
 
 
-def pieces(name, mesh, device_batch=0):
+def pieces(name, mesh, device_batch=0, precision='float32'):
     """(step function, state, its sharding, frozen, batch) of a tiny stage on a mesh."""
     tree = tiny.tree()
-    tree[name]['train'].update(device_batch=device_batch, ema_decay=0.9)
+    tree[name]['train'].update(device_batch=device_batch, ema_decay=0.9, precision=precision)
     tree['motion']['content_noise'] = 0.5
     config = configs.parse(tree)
     networks = {}
@@ -41,8 +41,10 @@ def pieces(name, mesh, device_batch=0):
     state = made.init(jax.random.key(1), {})
     sharding = jax.tree.map(lambda x: x.sharding, made.abstract)
     # Zero-initialised layers would hide what is behind them.
-    noise = optax.tree.random_like(jax.random.key(3), state.params)
-    params = jax.tree.map(lambda p, n: p + 0.02 * n, state.params, noise)
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(
+        lambda p: np.asarray(p) + 0.02 * rng.standard_normal(p.shape, np.float32), state.params
+    )
     state = jax.device_put(state.replace(params=params), sharding)
     source = parts.make_source(config, 'train')
     clips = pipeline.Batches(source, 8, seed=0, shuffle=False, repeat=True)
@@ -50,9 +52,9 @@ def pieces(name, mesh, device_batch=0):
     return made.step, state, sharding, networks, batch
 
 
-def run(name, mesh, device_batch=0, steps=2):
+def run(name, mesh, steps=2, **options):
     with jax.set_mesh(mesh):
-        step, state, sharding, networks, batch = pieces(name, mesh, device_batch)
+        step, state, sharding, networks, batch = pieces(name, mesh, **options)
         for _ in range(steps):
             state, metrics = step(state, networks, batch, jax.random.key(2))
         assert step._cache_size() == 1, 'one compilation'
@@ -89,6 +91,24 @@ def assert_same_update(one, other):
 def test_sharded_step_equals_one_device(name):
     sharded = run(name, meshes.make_mesh(data=2, fsdp=2, tensor=2))
     assert_same_update(one_device(name), sharded)
+
+
+@pytest.mark.parametrize('name', configs.STAGES)
+def test_half_precision_is_close(name):
+    """What accelerators train in: float32 parameters, layers in bfloat16."""
+    (state, metrics), (half, rounded) = (
+        one_device(name),
+        run(name, meshes.make_mesh(devices=jax.devices()[:1]), precision='bfloat16'),
+    )
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves((half.params, moments(half))))
+    assert rounded['loss'] != metrics['loss']
+    np.testing.assert_allclose(rounded['loss'], metrics['loss'], rtol=0.02)
+    # The gradients of all parameters as one vector: nearly the same direction and length.
+    a, b = (
+        np.concatenate([x.ravel() for x in jax.tree.leaves(moments(x)[0])]) for x in (state, half)
+    )
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99
+    np.testing.assert_allclose(np.linalg.norm(b), np.linalg.norm(a), rtol=0.05)
 
 
 def test_parts_of_a_batch():

@@ -14,11 +14,11 @@ def numbers(video):
     return np.rint((video.mean(axis=(1, 2, 3)) - 20) / 5).astype(int).tolist()
 
 
-def encode(path, video, codec, keyframes):
+def encode(path, video, codec, keyframes, pix_fmt=None):
     with av.open(str(path), 'w') as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width = video.shape[1:3]
-        stream.pix_fmt = 'bgra' if codec == 'ffv1' else 'yuv420p'
+        stream.pix_fmt = pix_fmt or ('bgra' if codec == 'ffv1' else 'yuv420p')
         if keyframes:
             stream.codec_context.gop_size = keyframes
         for image in video:
