@@ -1,9 +1,9 @@
-"""Moving handwritten digits, 8 x 32 x 32: all three stages on two CPU cores in 10 minutes.
+"""Moving handwritten digits, 8 x 32 x 32: all three stages on two CPU cores in 8 to 14 minutes.
 
     make quickstart
 
-trains with this config and measures; docs/quickstart.md has the numbers: 27.8 dB PSNR, 98 % of the
-generated videos show the digit asked for, and they move 0.79 times as far as real ones.
+trains with this config and measures; docs/quickstart.md has the numbers: 27.5 to 27.8 dB PSNR, 98 %
+of the generated videos show the digit asked for, and they move 0.78 times as far as real ones.
 
 Departs from the paper where a short training on a CPU needs it: v-prediction on a cosine schedule
 without learned sigma, rotary positions in the transformers, noise on the motion stage's content
