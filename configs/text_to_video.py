@@ -19,9 +19,10 @@ The U-Net takes 4 images (sd21: 2) on a device at a time, `content.train.device_
 memory, more are faster. Guidance 7.5, 50 and 100 DDIM steps. The paper trains the diffusion stages
 for 3 epochs of WebVid-10M (125,000 steps) and does not give the autoencoder's steps; 500,000 are
 our choice. Its results: FVD 238 and CLIPSIM 0.302 on WebVid-10M (sd21), FVD 504 zero-shot on
-UCF-101 (sd15). WebVid is gone, and we have not trained this to the end. The motion stage's text
-encoder is that of Stable Diffusion 2.1, OpenCLIP ViT-H/14 without its last layer, where the paper
-has all of it: --config.motion.text_encoder=FOLDER.
+UCF-101 (sd15). WebVid is gone, and we have not trained this to the end; so many steps would take
+the stages of sd21 33, 80 and 73 hours on 64 TPU v5e chips at 40 % of their peak (docs/pods.md). The
+motion stage's text encoder is that of Stable Diffusion 2.1, OpenCLIP ViT-H/14 without its last
+layer, where the paper has all of it: --config.motion.text_encoder=FOLDER.
 
     python -m cmd_jax.stable_diffusion.make --family=tiny --out=runs/tiny_sd
     python train.py --config=configs/text_to_video.py:all,tiny --workdir=runs/tiny_t2v

@@ -15,7 +15,8 @@ The steps of the diffusion stages are the paper's 3,000 epochs of the official s
 training videos; the paper does not give the autoencoder's, 500,000 are our choice. The paper's
 text names DiT-XL/2 for the content frame, its code DiT-L/2, which is used here. Guidance 4 is the
 scale of null + 4 (conditional - null). The published result: FVD 107 (2,048 videos), 73 (10,000).
-We have not trained this to the end.
+We have not trained this to the end; on 64 TPU v5e chips the stages would take 4, 5 and 3 hours at
+40 % of their peak (docs/pods.md).
 """
 
 from configs import common
