@@ -143,7 +143,11 @@ def test_of_two_processes(tmp_path):
     workers = [
         subprocess.Popen([*command, str(i)], stderr=subprocess.PIPE, text=True) for i in range(2)
     ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    try:
+        errors = [worker.communicate(timeout=120)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], '\n'.join(errors)[-3000:]
     manifests = sorted(p.name for p in (tmp_path / '3').glob('manifest*'))
     assert manifests == ['manifest.0-of-2.json', 'manifest.1-of-2.json']

@@ -340,7 +340,11 @@ def test_processes_read_one_sequence_of_random_clips(tmp_path):
         )
         for a in asked
     ]
-    told = [json.loads(p.communicate(timeout=200)[0].splitlines()[-1]) for p in running]
+    try:
+        told = [json.loads(p.communicate(timeout=200)[0].splitlines()[-1]) for p in running]
+    finally:
+        for process in running:
+            process.kill()
     (whole, skipped), *halves = told
     assert sorted(x for seen, _ in halves for x in seen) == whole
     assert skipped == ['5.mp4'] and ['5.mp4'] in [found for _, found in halves]

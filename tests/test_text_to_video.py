@@ -1,5 +1,6 @@
 """Latent mode and text, from end to end: training, prompts, pictures, what can go wrong."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -14,7 +15,7 @@ from flax import nnx
 import cmd_jax
 from cmd_jax import stable_diffusion, video
 from cmd_jax.errors import UserError
-from cmd_jax.evaluation import moving_digits
+from cmd_jax.evaluation import features, moving_digits
 from cmd_jax.models import convolution
 from cmd_jax.parallel import mesh as meshes
 from cmd_jax.stable_diffusion import make as maker
@@ -22,7 +23,7 @@ from cmd_jax.stable_diffusion import weights
 from cmd_jax.training import config as configs
 from cmd_jax.training import loop, parts, stages
 from cmd_jax.training import state as states
-from tests import state_dicts, tiny
+from tests import evaluated, state_dicts, tiny
 from tests.test_generate import one_error, script
 
 PROMPTS = ['a three moving up', 'an eight moving down and left']
@@ -84,8 +85,7 @@ def test_content_begins_with_the_pretrained_network(small_pipeline):
     state = init(jax.random.key(0), start)
     stored = nnx.to_pure_dict(nnx.state(pipeline.unet, nnx.Param))
     for tree_ in (state.params, state.ema):
-        same = jax.tree.map(lambda a, b: bool((a == b).all()), stacks.unstacked(tree_), stored)
-        assert jax.tree.all(same)
+        assert jax.tree.all(jax.tree.map(np.array_equal, stacks.unstacked(tree_), stored))
 
 
 def test_generators_convolutions_spare_products(generator):
@@ -104,6 +104,35 @@ def test_prompts_make_videos(steered):
     assert not different(steered(prompt=PROMPTS, num_videos=3, seed=1, batch_size=2), videos)
     assert different(steered(prompt=PROMPTS[1], seed=1)[0], videos[0])
     assert different(steered(prompt=PROMPTS[0], seed=2)[0], videos[0])
+
+
+def test_prompts_of_videos_that_belong_together(steered):
+    way = steered.interpolate(3, seeds=(1, 2), prompt=PROMPTS[0])
+    for end, seed in ((0, 1), (2, 2)):
+        assert not different(way[end], steered(prompt=PROMPTS[0], seed=seed)[0])
+    real = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 24, 3), dtype=np.uint8)
+    first = steered.predict_motion(real, prompt=PROMPTS, seed=1)
+    assert first.shape == real.shape
+    assert different(first, steered.predict_motion(real, prompt=PROMPTS[::-1], seed=1))
+
+
+def test_a_protocol_asks_for_captions(steered, clip_folder, tmp_path, monkeypatch):
+    """Of real clips, and measures how the videos suit them."""
+    asked, stream = [], steered.stream
+
+    def spy(**given):
+        asked.extend(given['prompt'])
+        return stream(**given)
+
+    settings = dataclasses.replace(evaluated.FEW, num_videos=4, clip=str(clip_folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(steered, 'stream', spy)
+        numbers, pictures = evaluated.carry_out(steered, 'clipsim', tmp_path, settings)
+    captions = parts.make_source(steered.config['content'], 'test').captions
+    assert len(asked) == 4 and set(asked) < set(captions)
+    assert not different(pictures['generation'], steered(prompt=asked, seed=0))
+    wanted = features.clipsim(pictures['generation'], asked, clip_folder)
+    assert numbers['generation_clipsim'] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_guidance_and_negative_prompts(steered, log):
