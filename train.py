@@ -4,7 +4,7 @@
     python train.py --config=configs/folder.py:all --workdir=runs/mine \\
         --config.data.source=folder:DIR
 
-Any field of the config can be set, as in the second line.
+Any field of the config can be set, as in the second command.
 """
 
 from absl import flags

@@ -14,6 +14,7 @@ Random weights. 'plain' is attention by matrix products and a softmax, as in the
 After each pair the file is written; `--only` adds its rows to the file.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -95,6 +96,8 @@ class Side:
         command = [sys.executable, '-m', 'benchmarks.baseline', f'--case={case}', f'--side={name}']
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.name, self.process, self.times = name, subprocess.Popen(command, **pipes), []
+
+    def begin(self) -> None:
         self.told = self.read()
 
     def read(self) -> dict:
@@ -104,12 +107,14 @@ class Side:
         return json.loads(line)
 
     def call(self) -> None:
-        self.process.stdin.write('\n')
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which reading tells
+            self.process.stdin.write('\n')
+            self.process.stdin.flush()
         self.times.append(self.read()['seconds'])
 
     def end(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.told |= self.read()
         self.process.wait()
 
@@ -136,6 +141,7 @@ def called_in_turn(case: str, names: tuple[str, ...]) -> list[Side]:
     try:
         for name in names:
             sides.append(Side(case, name))
+            sides[-1].begin()
         for _ in range(WARM if on_gpu() else 0):
             for side in sides:
                 side.call()
@@ -149,6 +155,7 @@ def called_in_turn(case: str, names: tuple[str, ...]) -> list[Side]:
     finally:
         for side in sides:
             side.process.kill()
+            side.process.wait()  # its memory is the next one's
     return sides
 
 

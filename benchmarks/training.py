@@ -11,7 +11,7 @@ with VAE, autoencoder and text encoder in each step. Medians of --repeats steps 
 Model FLOPs are three forward passes of the trained network and what frozen ones do, recomputation
 left out; the MFU is of the matrix-product rate measured on the same device in the same dtype.
 Memory is that of the state and the batch and of the step's work, by the compiler; and the
-allocator's peak, where it tells one.
+allocator's peak, where it tells one and none before was higher (one that did not fit, for example).
 
 After each row the file is written, so that a time limit costs what comes behind it alone: a second
 call with the --stages that are missing adds them to the file.

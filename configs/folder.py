@@ -6,8 +6,8 @@
 
 16 frames of 64 x 64, every second frame of the file; diffusion networks of size B.
 For another size set data.height and data.width (multiples of 8) and data.frames (even).
-On four TPU v5e chips 100,000 steps of each stage would take four hours at 40 % of their peak, and
-at most 2.6 GiB of a chip's memory (--compile_for=v5e:2x2).
+On four TPU v5e chips all three stages, 100,000 steps each, would take four hours together at 40 %
+of their peak, and at most 2.6 GiB of a chip's memory (--compile_for=v5e:2x2).
 `:tiny` runs all stages on a CPU in about a minute, to see that the videos are read.
 """
 

@@ -34,13 +34,22 @@ def said_by(started) -> str:
         started.kill()
 
 
+def said_by_all(started: dict) -> dict:
+    """{name: (process, what it said)} of several that run at the same time."""
+    try:
+        return {name: (one, said_by(one)) for name, one in started.items()}
+    finally:
+        for one in started.values():
+            one.kill()
+
+
 def test_each_starts():
     names = {path.stem for path in (ROOT / 'benchmarks').glob('*.py')} - PARTS
     assert len(names) > 10
-    for name, started in {name: command(name, '--help') for name in sorted(names)}.items():
-        said = said_by(started)
+    started = {name: command(name, '--help') for name in sorted(names)}
+    for name, (one, said) in said_by_all(started).items():
         # absl's --help ends with 1, an error of flags or imports with a traceback.
-        assert started.returncode in (0, 1) and 'Traceback' not in said, (name, said[-2000:])
+        assert one.returncode in (0, 1) and 'Traceback' not in said, (name, said[-2000:])
         assert f'benchmarks.{name}' in said or f'benchmarks/{name}' in said, (name, said[-2000:])
 
 
@@ -201,9 +210,8 @@ def test_mistakes_are_told_at_once():
         ('compile', '--only=nothing', '--only=nothing'),
         ('data', '--long=500', '--long=500'),
     ]
-    started = [command(name, flag) for name, flag, _ in cases]
-    for one, (_, _, words) in zip(started, cases, strict=True):
-        said = said_by(one)
+    started = {words: command(name, flag) for name, flag, words in cases}
+    for words, (one, said) in said_by_all(started).items():
         assert one.returncode == 2 and 'Traceback' not in said, said[-2000:]
         assert words in said.splitlines()[-1]
 

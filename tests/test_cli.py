@@ -1,6 +1,9 @@
 """Flags of scripts, and those of XLA."""
 
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,15 @@ def test_home_folders(monkeypatch):
     rest = cli.parse(['x', '--out=~', '--data=folder:~/videos', '--prompt=~5 dogs', '~/this'])
     assert (values.out, values.data) == ('/home/ada', 'folder:/home/ada/videos')
     assert values.prompt == '~5 dogs' and rest == ['x', '~/this']
+
+
+def test_help_tells_all_flags():
+    """Those that scripts share too, which are defined elsewhere."""
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, 'train.py', '--help']
+    told = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100).stdout
+    for name in ('workdir', 'distributed', 'coordinator_address', 'compilation_cache'):
+        assert f'  --{name}:' in told, told
 
 
 def test_options_of_xla_are_added_unless_the_user_has_some():

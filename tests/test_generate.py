@@ -327,7 +327,10 @@ def test_sigterm_ends_at_once(run, name, tmp_path):
         time.sleep(1.0)
         started.terminate()
         begun = time.monotonic()
-        said = started.communicate(timeout=60)[1].decode()
+        try:
+            said = started.communicate(timeout=60)[1].decode()
+        finally:
+            started.kill()
     assert started.returncode == 75, said[-2000:]
     assert 'interrupted: SIGTERM' in said and 'Traceback' not in said, said[-2000:]
     assert time.monotonic() - begun < 15

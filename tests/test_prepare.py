@@ -227,8 +227,12 @@ def test_wrong_flags_exit_with_a_line(folder, tmp_path):
         (subprocess.Popen([*COMMAND, *args], stderr=subprocess.PIPE, text=True), message)
         for args, message in cases
     ]
-    for process, message in started:
-        error = process.communicate(timeout=100)[1]
+    try:
+        errors = [process.communicate(timeout=100)[1] for process, _ in started]
+    finally:
+        for process, _ in started:
+            process.kill()
+    for (process, message), error in zip(started, errors, strict=True):
         assert process.returncode == 2 and 'Traceback' not in error
         assert error.splitlines()[-1].startswith('error: ') and message in error.splitlines()[-1]
     assert not (tmp_path / 'out').exists()
