@@ -27,7 +27,7 @@ from collections.abc import Callable
 from absl import flags
 
 from benchmarks import networks
-from benchmarks.networks import AUTOENCODER, DIT, OURS, TARGETS, UNET, UNET3D
+from benchmarks.networks import AUTOENCODER, COMPILED, DIT, OURS, TARGETS, UNET, UNET3D
 from cmd_jax import cli
 from cmd_jax.errors import UserError
 from cmd_jax.memory import peak_memory_gb
@@ -46,7 +46,6 @@ PAIRS = {
     UNET: ((OURS, 'diffusers'),),
     UNET3D: (('diffusers',),),
 }
-COMPILED = 'compiled'
 # Untimed calls of each side on a GPU, whose clock falls while others compile, and where
 # torch.compile records the second one.
 WARM = 3

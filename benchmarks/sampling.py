@@ -51,8 +51,8 @@ class Case:
     target: float | None = None  # seconds on an H200
 
 
-# What there is a target or a figure of the paper for, in the order in which memory grows; then all
-# others.
+# What there is a target or a figure of the paper for, first where the paper tells the memory; then
+# all others.
 FIRST = (
     Case(paper='3.13 s, 5.56 GB', target=0.45),
     Case(batch=4, paper='8.57 GB'),
@@ -143,7 +143,7 @@ def measure(programs: Programs, case: Case, peak: float) -> dict:
     arrays = filled.fill({name: call.arrays for name, call in calls.items()})
 
     def run():
-        """The video, and {part: its seconds}: waiting in between costs next to nothing of them."""
+        """The video, and {part: its seconds}. It waits for each part."""
         times, made = {}, {}
         for name, key in (('content frame', 'content'), ('motion latent', 'motion'), ('video', '')):
             given = arrays[name] | {x: made[x] for x in arrays[name] if x in made}

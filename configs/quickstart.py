@@ -1,4 +1,4 @@
-"""Moving handwritten digits, 8 x 32 x 32: all three stages on two CPU cores in 8 to 14 minutes.
+"""Moving handwritten digits, 8 x 32 x 32: all three stages on two CPU cores in 8 to 13 minutes.
 
     make quickstart
 
